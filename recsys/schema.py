@@ -1,0 +1,353 @@
+"""The schema: what the data is. Order of features, tables and tasks everywhere derives from it.
+
+A schema names the views (impressions, events, users, items) with their columns, the features with their scope, the
+histories and the tasks. ``scope`` says what a feature belongs to, and so how often it is stored and computed:
+
+==========  =====================  ===============================  =======================
+scope       read from              stored                           computed
+==========  =====================  ===============================  =======================
+user        the users view         once a user                      once a request
+item        the items view         once an item                     once a candidate
+context     the impressions view   once a request                   once a request
+candidate   the impressions view   once an impression               once a candidate
+event       the events view        once an event                    once an event
+==========  =====================  ===============================  =======================
+
+Ids in every table: 0 is padding (never looked up), 1 is unknown (missing, rare or never seen), the rest are values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from recsys.config import Config, load_yaml, validate
+from recsys.errors import SchemaError, nearest
+
+PADDING_ID = 0
+UNKNOWN_ID = 1
+FIRST_ID = 2
+"""The first id that stands for a value."""
+
+Scope = Literal["user", "item", "context", "candidate", "event"]
+TimeUnit = Literal["s", "ms", "us", "ns"]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
+
+
+class Vocabulary(Config):
+    """A value's id is its place in a list fitted on the training period, most frequent first."""
+
+    kind: Literal["vocabulary"] = "vocabulary"
+    min_count: int = Field(1, ge=1, description="values seen less often in the training period are unknown")
+    max_size: int | None = Field(None, ge=1, description="keep only this many values, the most frequent")
+
+
+class Hash(Config):
+    """A value's id is its hash modulo ``num_buckets``: nothing to fit, values may collide."""
+
+    kind: Literal["hash"] = "hash"
+    num_buckets: int = Field(ge=1, le=2**40)
+    seed: int = Field(0, ge=0, lt=2**63)
+
+
+class QuantileBuckets(Config):
+    """A number's id is its bucket between quantiles of the training period."""
+
+    kind: Literal["quantile"] = "quantile"
+    num_buckets: int = Field(ge=2, le=65536)
+
+
+class LogBuckets(Config):
+    """A number's id is ``floor(log_base(1 + max(x, 0)))``, at most ``num_buckets - 1``."""
+
+    kind: Literal["log"] = "log"
+    base: float = Field(2.0, gt=1.0)
+    num_buckets: int = Field(32, ge=2, le=65536)
+
+
+class HourOfDay(Config):
+    """The hour of a UTC time, shifted by a fixed offset: 24 values."""
+
+    kind: Literal["hour_of_day"] = "hour_of_day"
+    utc_offset_minutes: int = Field(0, ge=-1440, le=1440)
+
+
+class DayOfWeek(Config):
+    """The weekday of a UTC time, shifted by a fixed offset: 7 values, Monday first."""
+
+    kind: Literal["day_of_week"] = "day_of_week"
+    utc_offset_minutes: int = Field(0, ge=-1440, le=1440)
+
+
+EncoderSpec = Annotated[
+    Vocabulary | Hash | QuantileBuckets | LogBuckets | HourOfDay | DayOfWeek, Field(discriminator="kind")
+]
+
+
+class Standardise(Config):
+    """``(f(x) - mean) / std`` over the training period, with ``f = log(1 + max(x, 0))`` if ``log1p``; missing is 0."""
+
+    kind: Literal["standardise"] = "standardise"
+    log1p: bool = False
+    clip: float = Field(10.0, gt=0, description="bound on the magnitude of the result")
+
+
+class Keep(Config):
+    """The number as it is; missing is 0."""
+
+    kind: Literal["keep"] = "keep"
+
+
+TransformSpec = Annotated[Standardise | Keep, Field(discriminator="kind")]
+
+
+class _Feature(Config):
+    name: Name
+    scope: Scope
+    column: str | None = Field(None, min_length=1, description="source column; the feature's name if not given")
+
+    @property
+    def source_column(self) -> str:
+        """Name of the column in the view that the scope reads from."""
+        return self.column or self.name
+
+
+class Categorical(_Feature):
+    """One value, embedded."""
+
+    kind: Literal["categorical"] = "categorical"
+    table: Name | None = Field(None, description="a shared table; the feature's own if not given")
+    encoder: EncoderSpec | None = Field(None, description="encoder of the feature's own table; a vocabulary if not given")
+
+    @property
+    def table_name(self) -> str:
+        """Name of the embedding table that holds the feature's ids."""
+        return self.table or self.name
+
+
+class MultiCategorical(Categorical):
+    """A set of values, embedded and pooled. Read from a list column, or from text split at ``separator``."""
+
+    kind: Literal["multi_categorical"] = "multi_categorical"  # type: ignore[assignment]
+    separator: str | None = Field(None, min_length=1, description="splits text columns; list columns need none")
+    max_values: int | None = Field(None, ge=1, description="keep only the first so many values")
+
+
+class Dense(_Feature):
+    """A number, or a vector of ``dim`` numbers, fed to the network as it is after the transform."""
+
+    kind: Literal["dense"] = "dense"
+    transform: TransformSpec = Standardise()
+    dim: int = Field(1, ge=1, le=65536)
+
+
+Feature = Annotated[Categorical | MultiCategorical | Dense, Field(discriminator="kind")]
+
+
+class Table(Config):
+    """An embedding table that several features share."""
+
+    encoder: EncoderSpec = Vocabulary()
+
+
+class History(Config):
+    """The user's events strictly before the request, oldest first.
+
+    ``attributes`` name item features: each event has them through its item, in the candidate's own tables. ``max_length``
+    bounds what a batch reads, not what is stored: storage is two integers a request whatever the length.
+    """
+
+    name: Name
+    event_types: tuple[str, ...] | None = Field(None, min_length=1, description="all types if not given")
+    max_length: int = Field(50, ge=1, le=1_000_000, description="the newest so many events")
+    attributes: tuple[Name, ...] = Field(min_length=1)
+    event_features: tuple[Feature, ...] = ()
+
+
+class Task(Config):
+    """One 0/1 label and one logit. A missing label takes no part in the task's loss or metrics."""
+
+    name: Name
+    label: str = Field(min_length=1, description="column of the impressions view")
+    at_least: float | None = Field(None, description="label is 1 where the column is at least this; else it must hold 0/1")
+
+
+class ImpressionsView(Config):
+    """One row an impression."""
+
+    path: str = "impressions.parquet"
+    user: str
+    item: str
+    time: str
+    time_unit: TimeUnit = Field("us", description="of integer columns; timestamps carry their own")
+    request: str | None = Field(None, description="groups impressions; each is its own request if not given")
+
+
+class EventsView(Config):
+    """One row a past interaction."""
+
+    path: str = "events.parquet"
+    user: str
+    item: str
+    time: str
+    time_unit: TimeUnit = "us"
+    type: str | None = Field(None, description="column of the event type; needed by histories that filter on it")
+
+
+class EntityView(Config):
+    """One row a user, or an item."""
+
+    path: str
+    key: str
+
+
+class Views(Config):
+    """Where each view is (a file, a folder or a pattern, relative to the folder of views) and what its key columns are."""
+
+    impressions: ImpressionsView
+    events: EventsView | None = None
+    users: EntityView | None = None
+    items: EntityView | None = None
+
+
+class Schema(Config):
+    """What the data is: views, features, histories, tasks.
+
+    Example:
+        >>> schema = Schema.load("configs/schema/simulated.yaml")  # doctest: +SKIP
+        >>> [f.name for f in schema.features_of("item")]  # doctest: +SKIP
+        ['item_id', 'category']
+    """
+
+    name: Name
+    views: Views
+    tables: dict[Name, Table] = Field(default_factory=dict)
+    features: tuple[Feature, ...] = Field(min_length=1)
+    histories: tuple[History, ...] = ()
+    tasks: tuple[Task, ...] = Field(min_length=1)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Schema:
+        """Reads a schema from YAML.
+
+        Raises:
+            ConfigError: with every violation and its path.
+        """
+        return validate(cls, load_yaml(path), source=str(path))
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        problems = list(self._problems())
+        if problems:
+            raise ValueError("must be consistent: " + "; ".join(problems))
+        return self
+
+    def _problems(self) -> Iterator[str]:
+        names: set[str] = set()
+        for feature in self.features:
+            if feature.name in names:
+                yield f"feature {feature.name!r} is declared twice"
+            names.add(feature.name)
+            if feature.scope == "event":
+                yield f"feature {feature.name!r} has scope 'event': declare it under a history's event_features"
+            if feature.scope == "user" and self.views.users is None and feature.source_column != self.views.impressions.user:
+                yield f"user feature {feature.name!r} needs views.users"
+            if feature.scope == "item" and self.views.items is None and feature.source_column != self.views.impressions.item:
+                yield f"item feature {feature.name!r} needs views.items"
+        by_name = {f.name: f for f in self.features}
+        used: set[str] = set()
+        every = [*self.features, *(f for h in self.histories for f in h.event_features)]
+        own = {f.name for f in every if isinstance(f, Categorical) and f.table is None}
+        for feature in every:
+            if not isinstance(feature, Categorical):
+                continue
+            if feature.table is not None:
+                used.add(feature.table)
+                if feature.encoder is not None:
+                    yield f"feature {feature.name!r} gives both table and encoder: the encoder belongs to the table"
+                if feature.table not in self.tables and feature.table not in own:
+                    yield f"feature {feature.name!r}: table {feature.table!r} is not known, {nearest(feature.table, [*self.tables, *own])}"
+            elif feature.name in self.tables and feature.encoder is not None:
+                yield f"feature {feature.name!r} gives an encoder, and so does its table"
+        for table in self.tables:
+            if table not in used and table not in own:
+                yield f"table {table!r} is used by no feature"
+        history_names: set[str] = set()
+        for history in self.histories:
+            if history.name in history_names or history.name in names:
+                yield f"history {history.name!r}: the name is taken"
+            history_names.add(history.name)
+            if self.views.events is None:
+                yield f"history {history.name!r} needs views.events"
+            elif history.event_types is not None and self.views.events.type is None:
+                yield f"history {history.name!r} filters on event types and needs views.events.type"
+            if len(set(history.attributes)) < len(history.attributes):
+                yield f"history {history.name!r} repeats an attribute"
+            for attribute in history.attributes:
+                target = by_name.get(attribute)
+                if target is None:
+                    yield f"history {history.name!r}: attribute {attribute!r} is not a feature, {nearest(attribute, names)}"
+                elif target.scope != "item":
+                    yield f"history {history.name!r}: attribute {attribute!r} must be an item feature, got scope {target.scope!r}"
+            for event_feature in history.event_features:
+                if event_feature.scope != "event":
+                    yield f"history {history.name!r}: event feature {event_feature.name!r} must have scope 'event'"
+                if event_feature.name in names:
+                    yield f"history {history.name!r}: event feature {event_feature.name!r}: the name is taken"
+                names.add(event_feature.name)
+        tasks = [t.name for t in self.tasks]
+        if len(set(tasks)) < len(tasks):
+            yield "two tasks have the same name"
+
+    @property
+    def all_features(self) -> tuple[Categorical | MultiCategorical | Dense, ...]:
+        """Features, then the histories' event features, in declaration order."""
+        return (*self.features, *(f for h in self.histories for f in h.event_features))
+
+    def features_of(self, scope: Scope) -> tuple[Categorical | MultiCategorical | Dense, ...]:
+        """Features of one scope, in declaration order."""
+        return tuple(f for f in self.all_features if f.scope == scope)
+
+    def feature(self, name: str) -> Categorical | MultiCategorical | Dense:
+        """One feature by name.
+
+        Raises:
+            SchemaError: there is none; the message lists the nearest.
+        """
+        for feature in self.all_features:
+            if feature.name == name:
+                return feature
+        raise SchemaError(f"feature {name!r} must be declared", hint=nearest(name, [f.name for f in self.all_features]))
+
+    def history(self, name: str) -> History:
+        """One history by name.
+
+        Raises:
+            SchemaError: there is none.
+        """
+        for history in self.histories:
+            if history.name == name:
+                return history
+        raise SchemaError(f"history {name!r} must be declared", hint=nearest(name, [h.name for h in self.histories]))
+
+    @property
+    def table_encoders(self) -> dict[str, Any]:
+        """Encoder of every embedding table, in order of first use."""
+        encoders: dict[str, Any] = {}
+        for feature in self.all_features:
+            if not isinstance(feature, Categorical):
+                continue
+            table = feature.table_name
+            if table in self.tables:
+                encoders[table] = self.tables[table].encoder
+            elif feature.table is None:
+                encoders[table] = feature.encoder or Vocabulary()
+            else:
+                encoders.setdefault(table, None)
+        for feature in self.all_features:
+            if isinstance(feature, Categorical) and encoders.get(feature.table_name) is None:
+                encoders[feature.table_name] = feature.encoder or Vocabulary()
+        return encoders

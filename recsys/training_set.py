@@ -1,0 +1,308 @@
+"""The training set on disk: encoded once, memory-mapped ever after.
+
+::
+
+    manifest.json                    what it is, how it was made, a checksum of every file
+    encoder/                         the fitted encoder
+    users.arrow  items.arrow         one row an entity; row 0 is the unknown entity
+    events/<history>.arrow           the event log of one history, sorted by user, then time
+    <split>/requests.arrow           one row a request: user row, time, slices of the event logs, context features
+    <split>/impressions.arrow        one row an impression: item row, labels, candidate features
+
+**A history is a reference**: a request stores ``@start.<history>`` and ``@end.<history>``, a slice of the event log that ends
+strictly before the request, whatever the length. Storage is O(events + requests).
+
+Every table is an Arrow IPC file with one uncompressed record batch, so a column is a numpy view of the mapped file: opening
+a set reads nothing, and processes on one machine share one copy. Names that begin with ``@`` are ours; the others are
+features. Parquet would be smaller, but must be decoded, whole row groups at a time, on every epoch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import pyarrow as pa
+
+from recsys.config import fingerprint, validate
+from recsys.encoding.encoder import EncodedColumn, Encoder, Ragged
+from recsys.errors import IntegrityError, SchemaError
+from recsys.schema import Schema
+
+FORMAT_VERSION = 1
+SPLITS = ("train", "validation", "test")
+
+KEY = "@key"
+USER_ROW = "@user_row"
+ITEM_ROW = "@item_row"
+TIME = "@time"
+ROW_START = "@row_start"
+SOURCE_ROW = "@source_row"
+
+
+def start_column(history: str) -> str:
+    """Column of requests: the first event of the user in the history's log."""
+    return f"@start.{history}"
+
+
+def end_column(history: str) -> str:
+    """Column of requests: one past the last event strictly before the request."""
+    return f"@end.{history}"
+
+
+def label_column(task: str) -> str:
+    """Column of impressions: the task's label, 0, 1, or NaN where it is missing."""
+    return f"@label.{task}"
+
+
+@dataclass(frozen=True)
+class Table:
+    """Equally long columns, memory-mapped.
+
+    Attributes:
+        num_rows: rows.
+        columns: encoded columns by name; numpy views of the mapped file, read-only.
+        keys: raw key of each row in the tables of users and items, else None.
+    """
+
+    num_rows: int
+    columns: Mapping[str, EncodedColumn]
+    keys: pa.Array | None = None
+
+    def array(self, name: str) -> np.ndarray:
+        """A column that is not ragged."""
+        column = self.columns[name]
+        assert isinstance(column, np.ndarray)
+        return column
+
+
+def write_table(path: str | Path, columns: Mapping[str, EncodedColumn], *, keys: pa.Array | None = None) -> None:
+    """Writes equally long columns as one Arrow IPC file, atomically.
+
+    Args:
+        columns: int64 or float32 arrays of shape ``(n,)``, float32 of shape ``(n, dim)``, or :class:`Ragged`.
+        keys: raw keys, for tables of entities.
+    """
+    names, arrays = [], []
+    if keys is not None:
+        names.append(KEY)
+        arrays.append(keys)
+    for name, column in columns.items():
+        names.append(name)
+        arrays.append(_to_arrow(name, column))
+    batch = pa.record_batch(arrays, names=names)
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    try:
+        with pa.OSFile(str(temporary), "wb") as sink:
+            with pa.ipc.new_file(sink, batch.schema) as writer:
+                writer.write_batch(batch)
+        _sync(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _to_arrow(name: str, column: EncodedColumn) -> pa.Array:
+    if isinstance(column, Ragged):
+        return pa.LargeListArray.from_arrays(
+            pa.array(np.ascontiguousarray(column.offsets, dtype=np.int64)),
+            pa.array(np.ascontiguousarray(column.values, dtype=np.int64)),
+        )
+    if column.dtype not in (np.dtype(np.int64), np.dtype(np.float32)):
+        raise TypeError(f"column {name!r} must be int64 or float32, got {column.dtype}")
+    if column.ndim == 1:
+        return pa.array(np.ascontiguousarray(column))
+    flat = pa.array(np.ascontiguousarray(column, dtype=np.float32).reshape(-1))
+    return pa.FixedSizeListArray.from_arrays(flat, column.shape[1])
+
+
+def open_table(path: str | Path) -> Table:
+    """Maps a file that :func:`write_table` wrote.
+
+    Raises:
+        IntegrityError: the file is missing, truncated, or not of this format.
+    """
+    try:
+        with pa.memory_map(str(path), "r") as source:
+            reader = pa.ipc.open_file(source)
+            if reader.num_record_batches != 1:
+                raise IntegrityError(f"{path} must hold one record batch, got {reader.num_record_batches}")
+            batch = reader.get_batch(0)
+    except FileNotFoundError as err:
+        raise IntegrityError(f"{path} does not exist", hint="build the training set again") from err
+    except (pa.ArrowInvalid, OSError) as err:
+        raise IntegrityError(f"{path} cannot be read as an Arrow file: {err}", hint="build it again") from err
+    keys = None
+    columns: dict[str, EncodedColumn] = {}
+    for name, array in zip(batch.schema.names, batch.columns, strict=True):
+        if name == KEY:
+            keys = array
+        else:
+            columns[name] = _from_arrow(array)
+    return Table(batch.num_rows, columns, keys)
+
+
+def _from_arrow(array: pa.Array) -> EncodedColumn:
+    if pa.types.is_large_list(array.type):
+        return Ragged(array.values.to_numpy(), array.offsets.to_numpy())
+    if pa.types.is_fixed_size_list(array.type):
+        return array.values.to_numpy().reshape(len(array), array.type.list_size)
+    return array.to_numpy()
+
+
+@dataclass(frozen=True)
+class Split:
+    """The requests and impressions of one period."""
+
+    name: str
+    requests: Table
+    impressions: Table
+
+    @property
+    def num_requests(self) -> int:
+        """R over the whole split."""
+        return self.requests.num_rows
+
+    @property
+    def num_rows(self) -> int:
+        """N over the whole split."""
+        return self.impressions.num_rows
+
+    @cached_property
+    def row_offsets(self) -> np.ndarray:
+        """``(R + 1,)`` int64: rows of request ``r`` are ``row_offsets[r]`` up to ``row_offsets[r + 1]``."""
+        return np.append(self.requests.array(ROW_START), self.num_rows)
+
+    @property
+    def is_flat(self) -> bool:
+        """Whether every request has exactly one row."""
+        return self.num_requests == self.num_rows
+
+
+class TrainingSet:
+    """An opened training set.
+
+    Example:
+        >>> training_set = TrainingSet.open("runs/demo/training_set")  # doctest: +SKIP
+        >>> training_set.split("train").num_rows  # doctest: +SKIP
+        180000
+    """
+
+    def __init__(self, folder: Path, manifest: dict[str, Any], schema: Schema, encoder: Encoder) -> None:
+        self.folder = folder
+        self.manifest = manifest
+        self.schema = schema
+        self.encoder = encoder
+        self._splits: dict[str, Split] = {}
+
+    @classmethod
+    def open(cls, folder: str | Path, *, verify: bool = False) -> Self:
+        """Opens a training set without reading its rows.
+
+        Args:
+            verify: also compare every file's sha256 with the manifest.
+
+        Raises:
+            IntegrityError: it is absent, of another version, incomplete, or (with ``verify``) changed.
+        """
+        folder = Path(folder)
+        rebuild = "build it again with `recsys build CONFIG`"
+        try:
+            manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        except FileNotFoundError as err:
+            raise IntegrityError(f"{folder} must hold a training set, got no manifest.json", hint=rebuild) from err
+        except (json.JSONDecodeError, UnicodeDecodeError) as err:
+            raise IntegrityError(f"{folder / 'manifest.json'} must be JSON", hint=rebuild) from err
+        if manifest.get("format_version") != FORMAT_VERSION:
+            raise IntegrityError(
+                f"{folder} must be of format {FORMAT_VERSION}, got {manifest.get('format_version')}", hint=rebuild
+            )
+        for relative, entry in manifest["files"].items():
+            path = folder / relative
+            if not path.is_file():
+                raise IntegrityError(f"{path} is missing", hint=rebuild)
+            if path.stat().st_size != entry["bytes"]:
+                raise IntegrityError(f"{path} must have {entry['bytes']} bytes, got {path.stat().st_size}", hint=rebuild)
+            if verify and sha256_of(path) != entry["sha256"]:
+                raise IntegrityError(f"{path} was changed after it was written", hint=rebuild)
+        schema = validate(Schema, manifest["schema"], source=str(folder / "manifest.json"))
+        encoder = Encoder.load(folder / "encoder")
+        if encoder.fingerprint != manifest["encoder_fingerprint"]:
+            raise IntegrityError(f"{folder / 'encoder'} must be the encoder that the set was built with", hint=rebuild)
+        return cls(folder, manifest, schema, encoder)
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 over the schema, the encoder and the checksum of every file."""
+        files = {name: entry["sha256"] for name, entry in self.manifest["files"].items()}
+        return fingerprint(
+            {"files": files, "schema": fingerprint(self.schema), "encoder": self.manifest["encoder_fingerprint"]}
+        )
+
+    @cached_property
+    def users(self) -> Table:
+        """Encoded user features; row 0 is the unknown user."""
+        return open_table(self.folder / "users.arrow")
+
+    @cached_property
+    def items(self) -> Table:
+        """Encoded item features; row 0 is the unknown item."""
+        return open_table(self.folder / "items.arrow")
+
+    @cached_property
+    def events(self) -> dict[str, Table]:
+        """Event log of each history."""
+        return {h.name: open_table(self.folder / "events" / f"{h.name}.arrow") for h in self.schema.histories}
+
+    def split(self, name: str) -> Split:
+        """One of ``train``, ``validation``, ``test``.
+
+        Raises:
+            SchemaError: the split is none of these, or the set was built without it.
+        """
+        if name not in self._splits:
+            if name not in SPLITS or not (self.folder / name / "requests.arrow").is_file():
+                built = [s for s in SPLITS if (self.folder / s / "requests.arrow").is_file()]
+                raise SchemaError(f"split must be one of {', '.join(built)}, got {name!r}")
+            requests = open_table(self.folder / name / "requests.arrow")
+            impressions = open_table(self.folder / name / "impressions.arrow")
+            self._splits[name] = Split(name, requests, impressions)
+        return self._splits[name]
+
+
+def sha256_of(path: str | Path) -> str:
+    """Checksum of a file, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Writes JSON atomically: a killed process leaves the old file or the new one."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.tmp-", dir=path.parent)
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            json.dump(value, file, indent=2, ensure_ascii=False)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
