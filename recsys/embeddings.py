@@ -6,16 +6,14 @@ up in one table, of candidates, requests and histories alike, go through **one**
 multi-valued feature): a table then gets one gradient a step, and FBGEMM's pooled kernels are several times faster on CPU
 than its unpooled ones.
 
-KeyedJaggedTensors stop here. What leaves is :class:`Embedded`, plain tensors that ``torch.export`` takes.
+KeyedJaggedTensors stop here. What leaves is :class:`~recsys.embedded.Embedded`, plain tensors that ``torch.export`` takes.
 
 Shapes: R requests, N candidates, S events of all requests, L longest history of the batch, D ``embedding_dim``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -24,77 +22,21 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from recsys.batch import Bags, Batch, Column
-from recsys.schema import Categorical, MultiCategorical, Schema
+from recsys.embedded import Embedded, EmbeddedHistory, Use, assemble, columns_of_side, uses_of_tables, widths
+from recsys.schema import MultiCategorical, Schema
 
-
-class EmbeddedHistory(NamedTuple):
-    """The events of R requests as vectors, oldest first, padded on the right to the batch's longest.
-
-    Attributes:
-        features: ``(R, L, D)`` each (dense features ``(R, L, dim)``), zero where padded.
-        lengths: ``(R,)`` int64.
-        times: ``(R, L)`` int64 UTC microseconds, zero where padded.
-    """
-
-    features: dict[str, Tensor]
-    lengths: Tensor
-    times: Tensor
-
-
-class Embedded(NamedTuple):
-    """What a network takes: a pytree of plain tensors.
-
-    Attributes:
-        request: user, then context features; ``(R, D)``, dense ones ``(R, dim)``.
-        candidate: item, then candidate features; ``(N, D)``, dense ones ``(N, dim)``.
-        histories: by name.
-        request_of_row: ``(N,)`` int64, non-decreasing.
-    """
-
-    request: dict[str, Tensor]
-    candidate: dict[str, Tensor]
-    histories: dict[str, EmbeddedHistory]
-    request_of_row: Tensor
-
-
-@dataclass(frozen=True)
-class Use:
-    """One place of a batch whose ids are looked up in a table.
-
-    Attributes:
-        side: ``request``, ``candidate``, or the name of a history.
-        feature: name of the feature.
-    """
-
-    side: str
-    feature: str
-
-
-def uses_of_tables(schema: Schema) -> dict[str, list[Use]]:
-    """Every place that looks ids up, by table, in schema order.
-
-    Example: an item id that is also a history's attribute has the uses ``candidate`` and the history's name.
-    """
-    uses: dict[str, list[Use]] = {table: [] for table in schema.table_encoders}
-    for scope, side in (("user", "request"), ("context", "request"), ("item", "candidate"), ("candidate", "candidate")):
-        for feature in schema.features_of(scope):  # type: ignore[arg-type]
-            if isinstance(feature, Categorical):
-                uses[feature.table_name].append(Use(side, feature.name))
-    for history in schema.histories:
-        for name in (*history.attributes, *(f.name for f in history.event_features)):
-            feature = schema.feature(name)
-            if isinstance(feature, Categorical):
-                uses[feature.table_name].append(Use(history.name, name))
-    return uses
-
-
-def columns_of_side(batch: Batch, side: str) -> Mapping[str, Column]:
-    """The columns of a side, in the order that :class:`Embedded` has them."""
-    if side == "request":
-        return {**batch.user, **batch.context}
-    if side == "candidate":
-        return {**batch.item, **batch.candidate}
-    return batch.histories[side].features
+__all__ = [
+    "Embedded",
+    "EmbeddedHistory",
+    "Lookup",
+    "Use",
+    "assemble",
+    "columns_of_side",
+    "ids_of",
+    "size_of",
+    "uses_of_tables",
+    "widths",
+]
 
 
 def ids_of(column: Column) -> tuple[Tensor, Tensor]:
@@ -198,45 +140,3 @@ class Lookup(nn.Module):
                 for use, part in zip(self._uses[table], pooled[table].split(sizes), strict=True):
                     vectors[use] = part
         return assemble(self.schema, batch, lambda use, _: vectors[use])
-
-
-def assemble(schema: Schema, batch: Batch, vectors: Callable[[Use, Column], Tensor]) -> Embedded:
-    """Builds :class:`Embedded` from looked-up vectors; dense features pass through.
-
-    The trainer's tables and the scorer's memory-mapped ones both come through here.
-
-    Args:
-        vectors: gives the ``(n, D)`` vectors of one use of a table.
-    """
-
-    def side(name: str) -> Iterator[tuple[str, Tensor]]:
-        for feature, column in columns_of_side(batch, name).items():
-            is_dense = not isinstance(column, Bags) and column.is_floating_point()
-            yield feature, column if is_dense else vectors(Use(name, feature), column)  # type: ignore[misc]
-
-    histories = {}
-    for name, history in batch.histories.items():
-        lengths = history.lengths
-        longest = max(int(lengths.max()), 1) if len(lengths) else 1
-        position = torch.arange(len(history.times), device=lengths.device)
-        row = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)
-        place = row * longest + position - history.offsets[row]
-        shape = (len(lengths), longest)
-        histories[name] = EmbeddedHistory(
-            {feature: _padded(values, place, shape) for feature, values in side(name)},
-            lengths,
-            _padded(history.times, place, shape),
-        )
-    return Embedded(dict(side("request")), dict(side("candidate")), histories, batch.request_of_row)
-
-
-def _padded(values: Tensor, place: Tensor, shape: tuple[int, int]) -> Tensor:
-    """Events ``(S, ...)`` to ``(R, L, ...)``, zeros elsewhere."""
-    num_requests, longest = shape
-    flat = values.new_zeros(num_requests * longest, *values.shape[1:])
-    return flat.index_copy(0, place, values).view(num_requests, longest, *values.shape[1:])
-
-
-def widths(schema: Schema, embedding_dim: int) -> dict[str, int]:
-    """Width of each feature's vector: D for the categorical, ``dim`` for the dense."""
-    return {f.name: embedding_dim if isinstance(f, Categorical) else f.dim for f in schema.all_features}
