@@ -1,0 +1,389 @@
+"""Fitting an encoder on the training period, chunk by chunk."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from recsys.encoding.columns import (
+    Float64s,
+    Int64s,
+    IntKeys,
+    NoKeys,
+    TextKeys,
+    as_bags,
+    as_keys,
+    as_numbers,
+    as_times,
+    as_vectors,
+)
+from recsys.encoding.dense import DenseTransform, squash
+from recsys.encoding.encoder import Encoder, place_of, table_encoder, vocabulary_table
+from recsys.encoding.tables import TableEncoder
+from recsys.errors import EncodingError
+from recsys.schema import (
+    Categorical,
+    DayOfWeek,
+    Hash,
+    HourOfDay,
+    LogBuckets,
+    MultiCategorical,
+    QuantileBuckets,
+    Schema,
+    Standardise,
+    Vocabulary,
+)
+
+MAX_QUANTILE_CELLS = 1 << 20
+"""Quantiles are exact up to so many distinct numbers; beyond, numbers are merged into cells (see :class:`QuantileSketch`)."""
+
+_COMPACT_EVERY = 1 << 20
+_MANTISSA_BITS = 52
+_STATISTIC_BITS = 30
+
+
+class DistinctCounts:
+    """Distinct keys with the sum of their weights, in memory that grows with the distinct keys only."""
+
+    def __init__(self) -> None:
+        self._keys: pa.Array | None = None
+        self._counts = np.empty(0, np.int64)
+        self._pending: list[tuple[pa.Array, Int64s]] = []
+        self._num_pending = 0
+
+    def add(self, keys: pa.Array, counts: Int64s) -> None:
+        """Adds keys (m,), none null, each with its count (m,); repeated keys add up."""
+        kept = counts > 0
+        if not kept.all():
+            keys, counts = keys.filter(pa.array(kept)), counts[kept]
+        if len(keys) == 0:
+            return
+        self._pending.append((keys, counts))
+        self._num_pending += len(keys)
+        if self._num_pending > max(_COMPACT_EVERY, len(self._counts)):
+            self._compact()
+
+    def _compact(self) -> None:
+        if not self._pending:
+            return
+        parts = [keys for keys, _ in self._pending]
+        counts = [counts for _, counts in self._pending]
+        if self._keys is not None:
+            parts.append(self._keys)
+            counts.append(self._counts)
+        self._keys, self._counts = _sum_by_key(pa.concat_arrays(parts), np.concatenate(counts))
+        self._pending, self._num_pending = [], 0
+
+    def result(self) -> tuple[pa.Array | None, Int64s]:
+        """Keys (k,) in no particular order, ``None`` if nothing was added, and their counts (k,)."""
+        self._compact()
+        return self._keys, self._counts
+
+
+def _sum_by_key(keys: pa.Array, counts: Int64s) -> tuple[pa.Array, Int64s]:
+    encoded = keys.dictionary_encode()
+    codes = encoded.indices.to_numpy()
+    # Sums of whole numbers below 2^53: float64 adds them exactly, in any order.
+    return encoded.dictionary, np.bincount(codes, counts, len(encoded.dictionary)).astype(np.int64)
+
+
+class QuantileSketch:
+    """Weighted quantiles: exact up to ``max_cells`` distinct numbers, then of numbers merged into cells.
+
+    A cell is all float64 numbers that agree in sign, exponent and the first :math:`p` bits of the mantissa; :math:`p` is the
+    largest at which at most ``max_cells`` cells are occupied. Every number counts in its cell, so a boundary is wrong by at
+    most one cell: a relative error of :math:`2^{-p}` in value. What comes out depends on neither the order nor the
+    chunks in which numbers came in, and there is no chance in it.
+
+    Args:
+        max_cells: bound on memory, at least 8192.
+    """
+
+    def __init__(self, max_cells: int = MAX_QUANTILE_CELLS) -> None:
+        if max_cells < 8192:
+            raise ValueError(f"max_cells must be at least 8192 (float64 has 4096 exponents and signs), got {max_cells}")
+        self._max_cells = max_cells
+        self._dropped_bits = 0
+        self._cells = np.empty(0, np.int64)
+        self._counts = np.empty(0, np.int64)
+
+    def add(self, numbers: Float64s, weights: Int64s | None) -> None:
+        """Adds numbers (n,) with weights (n,), one each if not given; those not finite are skipped."""
+        seen = np.isfinite(numbers)
+        if weights is not None:
+            seen &= weights > 0
+        if not seen.all():
+            numbers = numbers[seen]
+            weights = None if weights is None else weights[seen]
+        for begin in range(0, len(numbers), self._max_cells):
+            part = slice(begin, begin + self._max_cells)
+            cells = _ordered(numbers[part]) >> self._dropped_bits
+            counts = np.ones(len(cells), np.int64) if weights is None else weights[part]
+            self._merge(np.concatenate([self._cells, cells]), np.concatenate([self._counts, counts]))
+
+    def _merge(self, cells: Int64s, counts: Int64s) -> None:
+        cells, codes = np.unique(cells, return_inverse=True)
+        counts = np.bincount(codes, counts, len(cells)).astype(np.int64)
+        while len(cells) > self._max_cells:
+            self._dropped_bits += 1
+            cells >>= 1  # keeps the order, so that equal cells are neighbours
+            starts = np.flatnonzero(np.append(True, cells[1:] != cells[:-1]))
+            cells, counts = cells[starts], np.add.reduceat(counts, starts)
+        self._cells, self._counts = cells, counts
+
+    def boundaries(self, num_buckets: int) -> Float64s:
+        """The distinct numbers :math:`\\min\\{v : F(v) \\ge i / num\\_buckets\\}`, :math:`0 < i < num\\_buckets`, below the maximum.
+
+        :math:`F` is the weighted distribution function. A boundary at the maximum would bound a bucket that no training row
+        falls into, and is left out. Of a cell, the largest number stands for all.
+
+        Returns:
+            float64, at most ``num_buckets - 1``, increasing; none if nothing was added.
+        """
+        if len(self._cells) == 0:
+            return np.empty(0)
+        below = np.cumsum(self._counts)
+        total = int(below[-1])
+        wanted = [-(-i * total // num_buckets) for i in range(1, num_buckets)]
+        places = np.unique(np.searchsorted(below, wanted, side="left"))
+        cells = self._cells[places[places < len(self._cells) - 1]]
+        return _unordered((cells << self._dropped_bits) | ((1 << self._dropped_bits) - 1))
+
+
+def _ordered(numbers: Float64s) -> Int64s:
+    """int64 with the order of the float64 numbers; both zeros are 0."""
+    bits = (numbers + 0.0).view(np.int64)
+    return np.where(bits < 0, bits ^ np.int64(2**63 - 1), bits)
+
+
+def _unordered(ordered: Int64s) -> Float64s:
+    return np.where(ordered < 0, ordered ^ np.int64(2**63 - 1), ordered).view(np.float64)
+
+
+class Moments:
+    """Weighted mean and standard deviation (of the population) of vectors, in float64, without cancellation.
+
+    Each chunk is centred on its own mean; chunks are joined by
+
+    .. math:: M = M_a + M_b + \\delta^2 \\frac{W_a W_b}{W_a + W_b}, \\qquad \\delta = \\mu_b - \\mu_a
+
+    Source: Chan, Golub, LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances", COMPSTAT 1982.
+
+    Args:
+        dim: components; each has moments of its own, over the rows where it is not missing.
+    """
+
+    def __init__(self, dim: int) -> None:
+        self._weight = np.zeros(dim)
+        self._mean = np.zeros(dim)
+        self._squares = np.zeros(dim)
+        self._lowest = np.full(dim, np.inf)
+        self._highest = np.full(dim, -np.inf)
+
+    def add(self, vectors: Float64s, weights: Int64s | None) -> None:
+        """Adds vectors (n, dim), NaN or infinite where missing, with weights (n,), one each if not given."""
+        for component in range(vectors.shape[1]):
+            numbers = vectors[:, component]
+            seen = np.isfinite(numbers)
+            if weights is not None:
+                seen &= weights > 0
+            if not seen.any():
+                continue
+            numbers = numbers[seen]
+            counts = np.ones(len(numbers)) if weights is None else weights[seen].astype(np.float64)
+            weight = float(counts.sum())
+            mean = float((numbers * counts).sum() / weight)
+            centred = numbers - mean
+            squares = float((centred * centred * counts).sum())
+            total = self._weight[component] + weight
+            delta = mean - self._mean[component]
+            self._squares[component] += squares + delta * delta * (self._weight[component] * weight / total)
+            self._mean[component] += delta * (weight / total)
+            self._weight[component] = total
+            self._lowest[component] = min(self._lowest[component], numbers.min())
+            self._highest[component] = max(self._highest[component], numbers.max())
+
+    def result(self) -> tuple[Float64s, Float64s]:
+        """Mean (dim,) and standard deviation (dim,); a component that is constant or never seen has standard deviation 1.
+
+        Both are rounded to 2^-30 of the standard deviation, far below the float32 that comes out of the transform. The order
+        in which chunks were added changes only digits below that, so it does not show.
+        """
+        mean, std = np.zeros(len(self._mean)), np.ones(len(self._mean))
+        for component in range(len(mean)):
+            if self._weight[component] == 0:
+                continue
+            deviation = float(np.sqrt(self._squares[component] / self._weight[component]))
+            if self._lowest[component] == self._highest[component] or not deviation > 0:
+                mean[component] = self._lowest[component]
+                continue
+            step = 2.0 ** (np.floor(np.log2(deviation)) - _STATISTIC_BITS)
+            mean[component] = np.round(self._mean[component] / step) * step
+            std[component] = np.round(deviation / step) * step
+        return mean, std
+
+
+class EncoderFitter:
+    """Fits an :class:`Encoder` on what the training period shows it, in chunks of any size and order.
+
+    Features that share a table share its values: each adds to the counts. Memory grows with the distinct values of
+    vocabularies; quantiles and moments are bounded.
+
+    Args:
+        schema: what to encode.
+
+    Example:
+        >>> fitter = EncoderFitter(schema)  # doctest: +SKIP
+        >>> fitter.update("item_id", pa.array([7, 7, 9]))  # doctest: +SKIP
+        >>> fitter.finish().encode("item_id", pa.array([9, 7, 8]))  # doctest: +SKIP
+        array([3, 2, 1])
+    """
+
+    def __init__(self, schema: Schema) -> None:
+        self._schema = schema
+        self._specs = schema.table_encoders
+        self._vocabularies = {t: DistinctCounts() for t, spec in self._specs.items() if isinstance(spec, Vocabulary)}
+        self._sketches = {t: QuantileSketch() for t, spec in self._specs.items() if isinstance(spec, QuantileBuckets)}
+        self._moments = {
+            f.name: Moments(f.dim) for f in schema.all_features if f.kind == "dense" and isinstance(f.transform, Standardise)
+        }
+        self._key_types: dict[str, tuple[str, str]] = {}
+
+    def update(
+        self, feature: str, column: pa.Array | pa.ChunkedArray, weights: npt.ArrayLike | None = None
+    ) -> None:
+        """Shows the fitter some raw values of a feature.
+
+        Args:
+            feature: name of a feature.
+            column: (n,).
+            weights: whole numbers >= 0, (n,): how many training-period occurrences each row stands for. A value
+                counts the sum of the weights of its rows; rows of weight 0 are not seen. One each if not given.
+
+        Raises:
+            EncodingError: the column is not of a type that the feature can have, or features that share a vocabulary have
+                integers here and text there.
+            SchemaError: there is no such feature.
+        """
+        spec = self._schema.feature(feature)
+        where = place_of(feature)
+        counts = None if weights is None else _checked(weights, len(column), where)
+        if not isinstance(spec, Categorical):
+            vectors = as_vectors(column, spec.dim, where=where)
+            if isinstance(spec.transform, Standardise):
+                self._moments[feature].add(squash(vectors, spec.transform), counts)
+            return
+        if not isinstance(spec, MultiCategorical):
+            self._see(spec, column, counts, where)
+            return
+        bags = as_bags(column, separator=spec.separator, max_values=spec.max_values, where=where)
+        if bags.codes is not None:
+            counts = _sums(bags.codes, counts, len(bags.offsets) - 1)
+        if counts is not None:
+            counts = np.repeat(counts, np.diff(bags.offsets))
+        self._see(spec, bags.elements, counts, where)
+
+    def _see(self, spec: Categorical, column: pa.Array | pa.ChunkedArray, counts: Int64s | None, where: str) -> None:
+        table = spec.table_name
+        encoder = self._specs[table]
+        if isinstance(encoder, QuantileBuckets):
+            self._sketches[table].add(as_numbers(column, where=where), counts)
+        elif isinstance(encoder, LogBuckets):
+            as_numbers(column, where=where)
+        elif isinstance(encoder, HourOfDay | DayOfWeek):
+            as_times(column, where=where)
+        else:
+            keys = as_keys(column, where=where)
+            if isinstance(keys, NoKeys):
+                return
+            owner = spec.name if isinstance(encoder, Hash) else f"table {table}"
+            self._note_type(owner, "integer" if isinstance(keys, IntKeys) else "text", where)
+            if isinstance(encoder, Vocabulary):
+                self._vocabularies[table].add(*_counted(keys, counts))
+
+    def _note_type(self, owner: str, key_type: str, where: str) -> None:
+        known, first = self._key_types.setdefault(owner, (key_type, where))
+        if known != key_type:
+            raise EncodingError(
+                f"{where} must hold {'integers' if known == 'integer' else 'text'}, as {first} does before it, got the other",
+                hint="cast one of the columns, or give the feature a table of its own",
+            )
+
+    def finish(self) -> Encoder:
+        """The encoder fitted on everything shown so far; the fitter may go on.
+
+        Values of a vocabulary are ordered by count, highest first, and equal counts by value (numbers by size, text by its
+        UTF-8 bytes). Those below ``min_count``, then those past ``max_size``, are left out.
+        """
+        tables: dict[str, TableEncoder] = {}
+        for name, spec in self._specs.items():
+            if isinstance(spec, Vocabulary):
+                tables[name] = vocabulary_table(_frequent(*self._vocabularies[name].result(), spec))
+            elif isinstance(spec, QuantileBuckets):
+                tables[name] = table_encoder(spec, {"boundaries": self._sketches[name].boundaries(spec.num_buckets).tolist()})
+            else:
+                tables[name] = table_encoder(spec, {})
+        transforms = {}
+        for feature in self._schema.all_features:
+            if feature.kind == "dense":
+                moments = self._moments.get(feature.name)
+                mean, std = (np.zeros(feature.dim), np.ones(feature.dim)) if moments is None else moments.result()
+                transforms[feature.name] = DenseTransform(feature.transform, mean, std)
+        hash_key_types = {owner: key_type for owner, (key_type, _) in self._key_types.items() if not owner.startswith("table ")}
+        return Encoder(self._schema, tables=tables, transforms=transforms, hash_key_types=hash_key_types)
+
+
+def _checked(weights: npt.ArrayLike, num_rows: int, where: str) -> Int64s:
+    given = np.asarray(weights)
+    if given.shape != (num_rows,):
+        raise EncodingError(f"weights of {where} must have shape ({num_rows},), got {given.shape}")
+    with np.errstate(invalid="ignore"):
+        whole = given.astype(np.int64)
+    if np.any(whole != given) or np.any(whole < 0):
+        raise EncodingError(f"weights of {where} must be whole numbers >= 0, got others")
+    return whole
+
+
+def _sums(codes: npt.NDArray[np.integer], counts: Int64s | None, length: int) -> Int64s:
+    return np.bincount(codes, counts, length).astype(np.int64)
+
+
+def _counted(keys: IntKeys | TextKeys, counts: Int64s | None) -> tuple[pa.Array, Int64s]:
+    """Distinct keys of a chunk, none null, with their counts."""
+    if isinstance(keys, IntKeys):
+        values = keys.values
+        if keys.valid is not None:
+            values = values[keys.valid]
+            counts = None if counts is None else counts[keys.valid]
+        if len(values) == 0:
+            return pa.array(values), np.empty(0, np.int64)
+        lowest = int(values.min())
+        if int(values.max()) - lowest < 4 * len(values):
+            sums = _sums(values - lowest, counts, 0)
+            seen = np.flatnonzero(sums)
+            return pa.array(seen + lowest), sums[seen]
+        return _sum_by_key(pa.array(values), np.ones(len(values), np.int64) if counts is None else counts)
+    texts = keys.values.cast(pa.large_string())
+    if keys.codes is None:
+        sums = np.ones(len(texts), np.int64) if counts is None else counts
+    else:
+        seen_rows = keys.codes >= 0
+        codes = keys.codes if seen_rows.all() else keys.codes[seen_rows]
+        if counts is not None and len(codes) < len(counts):
+            counts = counts[seen_rows]
+        sums = _sums(codes, counts, len(texts))
+    if texts.null_count:
+        valid = texts.is_valid()
+        sums, texts = sums[valid.to_numpy(zero_copy_only=False)], texts.filter(valid)
+    return _sum_by_key(texts, sums)
+
+
+def _frequent(keys: pa.Array | None, counts: Int64s, spec: Vocabulary) -> pa.Array:
+    if keys is None:
+        return pa.nulls(0)
+    kept = counts >= spec.min_count
+    table = pa.table({"key": keys.filter(pa.array(kept)), "count": counts[kept]})
+    order = pc.sort_indices(table, sort_keys=[("count", "descending"), ("key", "ascending")])
+    return table["key"].combine_chunks().take(order[: spec.max_size])

@@ -1,0 +1,212 @@
+"""From a raw key to its place in a list of keys, for one key or for ten million."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from recsys.encoding.columns import Int64s, IntKeys, NoKeys, as_keys
+from recsys.encoding.hashing import hash_integer, hash_integers, hash_text, hash_texts
+from recsys.errors import EncodingError
+
+_BLOCK = 1 << 16
+"""Rows looked up at a time, so that intermediate arrays stay in the cache."""
+_FEW = 8
+"""Up to so many keys are looked up one by one: array operations cost more than they save."""
+_COMPACT = 4
+"""Integers are addressed directly if they span at most so many times their number."""
+
+
+class KeyIndex:
+    """Place of a raw key in a list of keys.
+
+    Integers that lie close together are addressed directly; other keys are found by their hash in a table of buckets that
+    holds half a key on average. Either way a look-up takes constant time, and a call does no work that grows with the
+    list. Not changed after construction, so threads may share it.
+
+    Args:
+        keys: integers or text; nulls keep their place and are never found.
+
+    Raises:
+        EncodingError: the keys repeat, or are neither integers nor text.
+
+    Example:
+        >>> KeyIndex(pa.array([30, 10, 20])).positions(pa.array([10, 99, None])).tolist()
+        [1, -1, -1]
+    """
+
+    def __init__(self, keys: pa.Array) -> None:
+        parsed = as_keys(keys, where="keys")
+        self.key_type: str | None = None
+        """``"integer"``, ``"text"``, or ``None`` if every key is null."""
+        self._num_keys = len(keys)
+        self._texts: pa.Array | None = None
+        self._direct: npt.NDArray[np.integer] | None = None
+        self._lowest = 0
+        if isinstance(parsed, NoKeys):
+            self._keys = pa.nulls(len(keys), pa.int64())
+            return
+        if isinstance(parsed, IntKeys):
+            self.key_type = "integer"
+            self._keys = pa.array(parsed.values, mask=None if parsed.valid is None else ~parsed.valid)
+            places = np.arange(len(keys)) if parsed.valid is None else np.flatnonzero(parsed.valid)
+            integers = parsed.values[places]
+            if not self._address_directly(integers, places):
+                self._build(hash_integers(integers), places)
+        else:
+            self.key_type = "text"
+            texts = parsed.values.cast(pa.large_string())
+            if parsed.codes is not None:
+                texts = texts.take(pa.array(parsed.codes, mask=parsed.codes < 0))
+            self._keys = self._texts = texts
+            places = np.flatnonzero(np.asarray(self._texts.is_valid()))
+            if pc.count_distinct(self._texts).as_py() < len(places):
+                _repeated()
+            self._build(hash_texts(self._texts)[places], places)
+
+    def _address_directly(self, integers: Int64s, places: Int64s) -> bool:
+        if len(integers) == 0:
+            self._direct = np.full(1, -1, np.int32)
+            return True
+        lowest, highest = int(integers.min()), int(integers.max())
+        span = highest - lowest + 1
+        if span > _COMPACT * len(integers) + 1024:
+            return False
+        self._lowest = lowest
+        self._direct = np.full(span, -1, _place_type(self._num_keys))
+        self._direct[integers - lowest] = places
+        if np.count_nonzero(self._direct >= 0) < len(integers):
+            _repeated()
+        return True
+
+    def _build(self, hashes: npt.NDArray[np.uint64], places: Int64s) -> None:
+        order = np.argsort(hashes)
+        self._hashes = hashes[order]
+        self._places = places[order].astype(_place_type(self._num_keys))
+        if self._texts is None and np.any(self._hashes[1:] == self._hashes[:-1]):
+            _repeated()
+        bits = max(1, (2 * len(hashes)).bit_length())
+        self._shift = 64 - bits
+        counts = np.bincount((self._hashes >> np.uint64(self._shift)).astype(np.int64), minlength=2**bits)
+        self._starts = np.zeros(2**bits + 1, _place_type(self._num_keys))
+        np.cumsum(counts, out=self._starts[1:])
+
+    @property
+    def keys(self) -> pa.Array:
+        """The keys, in order: int64 or large_string."""
+        return self._keys
+
+    def __len__(self) -> int:
+        return self._num_keys
+
+    def positions(self, column: pa.Array | pa.ChunkedArray, *, where: str = "keys") -> Int64s:
+        """Place of each value, -1 if it is null or not among the keys.
+
+        Args:
+            column: (n,), of the keys' type.
+            where: names the column in errors.
+
+        Returns:
+            int64, (n,).
+
+        Raises:
+            EncodingError: integers were asked of text keys, or the reverse.
+        """
+        parsed = as_keys(column, where=where)
+        if isinstance(parsed, NoKeys) or self.key_type is None:
+            return np.full(len(column), -1, np.int64)
+        if (self.key_type == "integer") != isinstance(parsed, IntKeys):
+            cast = "int64" if self.key_type == "integer" else "text"
+            wanted = "integers" if self.key_type == "integer" else "text"
+            raise EncodingError(
+                f"{where} must hold {wanted}, as when it was fitted, got a column of type {column.type}",
+                hint=f"cast the column to {cast}",
+            )
+        if isinstance(parsed, IntKeys):
+            found = self._find_integers(parsed.values)
+            if parsed.valid is not None:
+                found[~parsed.valid] = -1
+            return found
+        found = self._find_texts(parsed.values)
+        return found if parsed.codes is None else np.append(found, -1)[parsed.codes]
+
+    def _find_integers(self, values: Int64s) -> Int64s:
+        if self._direct is None and len(values) <= _FEW:
+            return np.array([self._place_of_hash(hash_integer(v)) for v in values.tolist()], np.int64)
+        found = np.empty(len(values), np.int64)
+        for begin in range(0, len(values), _BLOCK):
+            block = values[begin : begin + _BLOCK]
+            if self._direct is not None:
+                # Unsigned, so that one comparison finds the values on either side, and no difference overflows.
+                shifted = block.view(np.uint64) - np.uint64(self._lowest % 2**64)
+                inside = shifted < np.uint64(len(self._direct))
+                places = self._direct[np.where(inside, shifted, np.uint64(0)).view(np.int64)]
+                found[begin : begin + _BLOCK] = np.where(inside, places, -1)
+            else:
+                slots = self._slots_of_hashes(hash_integers(block))
+                found[begin : begin + _BLOCK] = np.where(slots >= 0, self._places[slots], -1)
+        return found
+
+    def _find_texts(self, texts: pa.Array) -> Int64s:
+        if len(texts) <= _FEW:
+            return np.array([-1 if t is None else self._place_of_text(t) for t in texts.to_pylist()], np.int64)
+        hashes = hash_texts(texts)
+        found = np.full(len(texts), -1, np.int64)
+        slots = np.concatenate(
+            [self._slots_of_hashes(hashes[begin : begin + _BLOCK]) for begin in range(0, len(texts), _BLOCK)]
+        )
+        rows = np.flatnonzero(slots >= 0)
+        assert self._texts is not None
+        while len(rows):  # a second round only where two keys have the same hash
+            places = self._places[slots[rows]]
+            equal = pc.equal(self._texts.take(pa.array(places)), texts.take(pa.array(rows)))
+            is_same = equal.fill_null(False).to_numpy(zero_copy_only=False)
+            found[rows[is_same]] = places[is_same]
+            rows = rows[~is_same]
+            slots[rows] += 1
+            rows = rows[slots[rows] < len(self._hashes)]
+            rows = rows[self._hashes[slots[rows]] == hashes[rows]]
+        return found
+
+    def _slots_of_hashes(self, hashes: npt.NDArray[np.uint64]) -> Int64s:
+        """First place of each hash in the sorted hashes, -1 if there is none."""
+        buckets = (hashes >> np.uint64(self._shift)).view(np.int64)
+        slots = self._starts[buckets].astype(np.int64)
+        ends = self._starts[buckets + 1].astype(np.int64)
+        found = np.full(len(hashes), -1, np.int64)
+        rows = np.flatnonzero(slots < ends)
+        slots, ends, wanted = slots[rows], ends[rows], hashes[rows]
+        while len(rows):
+            is_same = self._hashes[slots] == wanted
+            found[rows[is_same]] = slots[is_same]
+            slots += 1
+            left = ~is_same & (slots < ends)
+            rows, slots, ends, wanted = rows[left], slots[left], ends[left], wanted[left]
+        return found
+
+    def _place_of_hash(self, hashed: int) -> int:
+        bucket = hashed >> self._shift
+        for slot in range(int(self._starts[bucket]), int(self._starts[bucket + 1])):
+            if int(self._hashes[slot]) == hashed:
+                return int(self._places[slot])
+        return -1
+
+    def _place_of_text(self, text: str) -> int:
+        hashed = hash_text(text)
+        bucket = hashed >> self._shift
+        assert self._texts is not None
+        for slot in range(int(self._starts[bucket]), int(self._starts[bucket + 1])):
+            place = int(self._places[slot])
+            if int(self._hashes[slot]) == hashed and self._texts[place].as_py() == text:
+                return place
+        return -1
+
+
+def _place_type(num_keys: int) -> type[np.integer]:
+    return np.int32 if num_keys < 2**31 - 1 else np.int64
+
+
+def _repeated() -> None:
+    raise EncodingError("keys must be unique, got repeated ones", hint="keep one row a key")
