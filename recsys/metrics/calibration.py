@@ -15,8 +15,8 @@ def logloss(labels: ArrayLike, probabilities: ArrayLike) -> float:
 
     .. math:: -\frac1n \sum_i y_i \ln p_i + (1 - y_i) \ln(1 - p_i)
 
-    Nothing is clipped: a probability of exactly 0 or 1 that is wrong costs infinity. Use :func:`logloss_from_logits` where
-    there are logits: it stays finite where the sigmoid saturates.
+    Nothing is clipped: a probability of exactly 0 or 1 that is wrong costs infinity. Use :func:`logloss_from_logits`
+    where there are logits: it stays finite where the sigmoid saturates.
 
     Args:
         labels: (n,) 0, 1, or NaN for a row that takes no part.
@@ -137,8 +137,8 @@ def reliability(labels: ArrayLike, probabilities: ArrayLike, num_bins: int = 15)
 def reliability_by_quantile(labels: ArrayLike, probabilities: ArrayLike, num_bins: int = 15) -> Reliability:
     """Sorts rows into bins of about equal *count*: for click rates of a few percent, which leave equal widths empty.
 
-    Edges are quantiles of the predictions. Equal predictions are never split, so there may be fewer bins than asked for,
-    and none without labelled rows.
+    Edges are quantiles of the predictions. Equal predictions are never split, so there may be fewer bins than asked
+    for, and none without labelled rows.
 
     Raises:
         DataError: as :func:`logloss`, or ``num_bins`` is less than 1.
@@ -186,8 +186,8 @@ def ece(labels: ArrayLike, probabilities: ArrayLike, num_bins: int = 15) -> floa
     .. math:: \mathrm{ECE} = \sum_b \frac{n_b}{n} \left| \bar p_b - \bar y_b \right|
 
     Source: Naeini et al., AAAI 2015; 15 bins after Guo et al., "On Calibration of Modern Neural Networks", ICML 2017.
-    Differs from source: bins over the probability of the positive class, as usual for click rates, not over the confidence
-    of the winning class.
+    Differs from source: bins over the probability of the positive class, as usual for click rates, not over the
+    confidence of the winning class.
 
     Returns:
         The ECE; NaN if there are no labelled rows.

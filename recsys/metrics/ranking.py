@@ -17,9 +17,11 @@ def auc(labels: ArrayLike, scores: ArrayLike, weights: ArrayLike | None = None) 
     .. math:: \mathrm{AUC} = \frac{\sum_{i: y_i=1} \sum_{j: y_j=0} w_i w_j
               \left( [s_i > s_j] + \tfrac12 [s_i = s_j] \right)}{\sum_{i: y_i=1} w_i \sum_{j: y_j=0} w_j}
 
-    Computed from ranks in O(n log n), in whole numbers where there are no weights: exact, whatever the order of the rows.
+    Computed from ranks in O(n log n), in whole numbers where there are no weights: exact, whatever the order of the
+    rows.
 
-    Source: Hanley and McNeil, "The meaning and use of the area under a ROC curve", Radiology 1982 (ties count one half).
+    Source: Hanley and McNeil, "The meaning and use of the area under a ROC curve", Radiology 1982 (ties count one
+    half).
 
     Args:
         labels: (n,) 0, 1, or NaN for a row that takes no part.
@@ -98,8 +100,8 @@ def gauc(labels: ArrayLike, scores: ArrayLike, groups: ArrayLike) -> Gauc:
     Args:
         labels: (n,) 0, 1, or NaN for a row that takes no part.
         scores: (n,) anything that increases with the probability.
-        groups: (n,) the group of each row, usually its user: whole numbers or text. Users who share an id (such as the id
-            of unknown users) are one group.
+        groups: (n,) the group of each row, usually its user: whole numbers or text. Users who share an id (such as the
+            id of unknown users) are one group.
 
     Raises:
         DataError: lengths differ, a label is not 0/1/NaN, a score is NaN, groups are not whole numbers or text.
@@ -148,8 +150,8 @@ def ndcg_at_k(labels: ArrayLike, scores: ArrayLike, groups: ArrayLike, k: int) -
     .. math:: \mathrm{DCG@}k = \sum_{r=1}^{k} \frac{y_{(r)}}{\log_2(1 + r)}, \qquad
               \mathrm{NDCG@}k = \mathrm{DCG@}k \, / \, \text{the largest possible}
 
-    Rows with equal scores get the expectation over their random orders, so the result does not depend on the order of the
-    input. Averaged over groups with at least one positive, each group counting once.
+    Rows with equal scores get the expectation over their random orders, so the result does not depend on the order of
+    the input. Averaged over groups with at least one positive, each group counting once.
 
     Source: Järvelin and Kekäläinen, TOIS 2002; ties after McSherry and Najork, ECIR 2008, section 3.
 
@@ -191,8 +193,8 @@ def mrr(labels: ArrayLike, scores: ArrayLike, groups: ArrayLike) -> GroupMean:
 
     .. math:: \mathrm{MRR} = \frac{1}{|G|} \sum_{g \in G} \frac{1}{\min_{i \in g,\, y_i = 1} \mathrm{rank}_i}
 
-    Ties count against the model: a row's rank is 1 + the number of negatives scored at least as high, so a constant score
-    earns nothing. Averaged over groups with at least one positive, each group counting once.
+    Ties count against the model: a row's rank is 1 + the number of negatives scored at least as high, so a constant
+    score earns nothing. Averaged over groups with at least one positive, each group counting once.
 
     Source: Voorhees, "The TREC-8 Question Answering Track Report", 1999.
 
@@ -242,7 +244,7 @@ def rela_impr(auc: float, base: float) -> float:
 def _sorted_by_group(
     labels: ArrayLike, scores: ArrayLike, groups: ArrayLike, *, descending: bool = False
 ) -> tuple[NDArray[np.bool_], NDArray[np.int64], NDArray[np.int64]]:
-    """Sorts labelled rows by group, then score: labels, where each group starts, where each run of equal scores starts."""
+    """Sorts labelled rows by group, then score: labels, starts of groups, starts of runs of equal scores."""
     positive, present = labelled(labels)
     values = ordered("scores", scores, length=len(positive))[present]
     ids = _group_ids(vector("groups", groups, length=len(positive))[present])
