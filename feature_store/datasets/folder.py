@@ -1,0 +1,85 @@
+"""Writes a folder of views so that a reader sees the whole of it or nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from recsys.errors import SourceError
+
+
+@contextmanager
+def views_folder(output_dir: Path, *, marker: str) -> Iterator[Path]:
+    """Yields an empty temporary folder beside ``output_dir`` that takes its place when the block ends without an error.
+
+    An existing ``output_dir`` is replaced only if it is empty or holds ``marker``, the file that every writer of this
+    package leaves there: no folder that holds a user's own files is ever removed. After an error, or when the process is
+    killed, ``output_dir`` is as before.
+
+    Args:
+        output_dir: the folder to write; parents are created.
+        marker: name of the file that the block must write and that proves the folder to be ours.
+
+    Raises:
+        SourceError: ``output_dir`` is a file, or a folder that this package did not write.
+    """
+    output_dir = Path(output_dir)
+    _check_replaceable(output_dir, marker)
+    output_dir.parent.mkdir(parents=True, exist_ok=True)
+    temporary = output_dir.parent / f".tmp-{output_dir.name}-{uuid.uuid4().hex[:12]}"
+    temporary.mkdir()
+    try:
+        yield temporary
+        assert (temporary / marker).is_file(), f"the block must write {marker}"
+        for path in sorted(temporary.rglob("*")):
+            _fsync(path)
+        _fsync(temporary)
+        _check_replaceable(output_dir, marker)
+        _replace(temporary, output_dir)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Writes readable JSON with a final newline; equal content gives equal bytes."""
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _check_replaceable(output_dir: Path, marker: str) -> None:
+    if output_dir.is_dir():
+        if any(output_dir.iterdir()) and not (output_dir / marker).is_file():
+            raise SourceError(
+                f"output folder {output_dir} must be empty or hold {marker}, got a folder with other files",
+                hint="choose a new folder: an existing one is replaced as a whole, so only one written before is accepted",
+            )
+    elif output_dir.exists():
+        raise SourceError(f"output folder {output_dir} must be a folder, got a file")
+
+
+def _replace(temporary: Path, output_dir: Path) -> None:
+    if not output_dir.exists():
+        os.rename(temporary, output_dir)
+    else:
+        old = output_dir.parent / f".tmp-{output_dir.name}-{uuid.uuid4().hex[:12]}"
+        os.rename(output_dir, old)
+        try:
+            os.rename(temporary, output_dir)
+        except OSError:
+            os.rename(old, output_dir)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+    _fsync(output_dir.parent)
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
