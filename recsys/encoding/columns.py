@@ -7,7 +7,7 @@ that does not shrink with the column.
 
 from __future__ import annotations
 
-from typing import NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +16,8 @@ import pyarrow.compute as pc
 
 from recsys.errors import EncodingError
 
+Array: TypeAlias = "pa.Array[Any]"
+Column: TypeAlias = "pa.Array[Any] | pa.ChunkedArray[Any]"
 Int64s = npt.NDArray[np.int64]
 Float64s = npt.NDArray[np.float64]
 Bools = npt.NDArray[np.bool_]
@@ -84,7 +86,7 @@ class TextKeys(NamedTuple):
         codes: (n,), the place of each row in ``values``, -1 where missing; ``None`` if row ``i`` is ``values[i]``.
     """
 
-    values: pa.Array
+    values: Array
     codes: npt.NDArray[np.integer] | None
 
 
@@ -104,7 +106,7 @@ def offsets_of(lengths: npt.NDArray[np.integer]) -> Int64s:
     return offsets
 
 
-def as_array(column: pa.Array | pa.ChunkedArray) -> pa.Array:
+def as_array(column: Column) -> Array:
     """One contiguous array; text that would overflow 32-bit offsets becomes large_string."""
     if not isinstance(column, pa.ChunkedArray):
         return column
@@ -117,23 +119,33 @@ def as_array(column: pa.Array | pa.ChunkedArray) -> pa.Array:
     return pa.concat_arrays(column.unify_dictionaries().chunks)
 
 
-def valid_mask(array: pa.Array) -> Bools | None:
+def valid_mask(array: Array) -> Bools | None:
     """True where not null; ``None`` if nothing is null."""
     return None if array.null_count == 0 else array.is_valid().to_numpy(zero_copy_only=False)
 
 
-def _view(array: pa.Array, dtype: np.dtype[np.generic]) -> npt.NDArray[np.generic]:
+def _view(array: Array, dtype: np.dtype[np.generic]) -> npt.NDArray[np.generic]:
     """The numbers of a fixed-width array without a copy; what stands at nulls has no meaning."""
     if len(array) == 0:
         return np.empty(0, dtype)
     return np.frombuffer(array.buffers()[1], dtype, len(array), array.offset * dtype.itemsize)
 
 
+def text_bytes(texts: Array) -> tuple[npt.NDArray[np.uint8], Int64s]:
+    """Bytes of a string or large_string array (m,), and the offsets (m + 1,) of each text in them."""
+    _, offset_buffer, content_buffer = texts.buffers()
+    if len(texts) == 0 or content_buffer is None:
+        return np.empty(0, np.uint8), np.zeros(len(texts) + 1, np.int64)
+    width = np.dtype(np.int32 if texts.type.id == _STRING else np.int64)
+    offsets = np.frombuffer(offset_buffer, width, len(texts) + 1, texts.offset * width.itemsize)
+    return np.frombuffer(content_buffer, np.uint8), offsets.astype(np.int64, copy=False)
+
+
 def _refuse(where: str, wanted: str, got: pa.DataType, hint: str | None) -> NoReturn:
     raise EncodingError(f"{where} must hold {wanted}, got a column of type {got}", hint=hint)
 
 
-def as_keys(column: pa.Array | pa.ChunkedArray, *, where: str) -> Keys:
+def as_keys(column: Column, *, where: str) -> Keys:
     """Values whose identity matters: ids, names, categories.
 
     Integers, booleans (0 and 1), floats that hold whole numbers, decimals likewise, text, and dictionaries of these.
@@ -178,7 +190,7 @@ def as_keys(column: pa.Array | pa.ChunkedArray, *, where: str) -> Keys:
     _refuse(where, "integers or text", array.type, hint)
 
 
-def _integer_keys(array: pa.Array, where: str) -> IntKeys:
+def _integer_keys(array: Array, where: str) -> IntKeys:
     dtype = _INTEGERS[array.type.id]
     values = _view(array, dtype)
     valid = valid_mask(array)
@@ -191,7 +203,7 @@ def _integer_keys(array: pa.Array, where: str) -> IntKeys:
     return IntKeys(values.astype(np.int64, copy=False), valid)
 
 
-def _integral_float_keys(array: pa.Array, where: str) -> IntKeys:
+def _integral_float_keys(array: Array, where: str) -> IntKeys:
     dtype = _FLOATS[array.type.id]
     values = _view(array, dtype)
     limit = 2 ** (np.finfo(dtype).nmant + 1)  # type: ignore[arg-type]
@@ -213,7 +225,7 @@ def _integral_float_keys(array: pa.Array, where: str) -> IntKeys:
     return IntKeys(values.astype(np.int64), None if valid.all() else valid)
 
 
-def _dictionary_keys(array: pa.DictionaryArray, where: str) -> Keys:
+def _dictionary_keys(array: Array, where: str) -> Keys:
     texts = array.dictionary
     if texts.type.id not in _TEXTS or len(array) < min(len(texts), _DICTIONARY_FROM):
         return as_keys(array.dictionary_decode(), where=where)
@@ -223,7 +235,7 @@ def _dictionary_keys(array: pa.DictionaryArray, where: str) -> Keys:
     return TextKeys(texts.cast(pa.large_string()) if texts.type.id == _STRING_VIEW else texts, places)
 
 
-def as_numbers(column: pa.Array | pa.ChunkedArray, *, where: str) -> Float64s:
+def as_numbers(column: Column, *, where: str) -> Float64s:
     """Values whose size matters, as float64 (n,), NaN where null. Integers beyond 2^53 are rounded.
 
     Raises:
@@ -251,7 +263,7 @@ def as_numbers(column: pa.Array | pa.ChunkedArray, *, where: str) -> Float64s:
     return values if valid is None else np.where(valid, values, np.nan)
 
 
-def as_vectors(column: pa.Array | pa.ChunkedArray, dim: int, *, where: str) -> Float64s:
+def as_vectors(column: Column, dim: int, *, where: str) -> Float64s:
     """Vectors of numbers as float64 (n, dim), NaN where a vector or a component is null. A plain number is a vector of 1.
 
     Raises:
@@ -281,7 +293,7 @@ def as_vectors(column: pa.Array | pa.ChunkedArray, dim: int, *, where: str) -> F
     return spread
 
 
-def as_times(column: pa.Array | pa.ChunkedArray, *, where: str) -> IntKeys:
+def as_times(column: Column, *, where: str) -> IntKeys:
     """UTC microseconds: whole numbers as they are, timestamps and dates converted (rounded down; without a zone: UTC).
 
     Raises:
@@ -312,7 +324,7 @@ def as_times(column: pa.Array | pa.ChunkedArray, *, where: str) -> IntKeys:
     _refuse(where, "times", array.type, "cast the column to timestamp[us] or to int64 microseconds since 1970, UTC")
 
 
-def flatten_lists(array: pa.Array) -> tuple[pa.Array, Int64s]:
+def flatten_lists(array: Array) -> tuple[Array, Int64s]:
     """Elements of a list array of any kind, and the length of each list, 0 for null."""
     if array.type.id in (_LIST, _LARGE_LIST) and array.null_count == 0:
         if len(array) == 0:
@@ -334,13 +346,13 @@ class Bags(NamedTuple):
         codes: (n,), the bag of each row; ``None`` if row ``i`` is bag ``i``.
     """
 
-    elements: pa.Array
+    elements: Array
     offsets: Int64s
     codes: npt.NDArray[np.integer] | None
 
 
 def as_bags(
-    column: pa.Array | pa.ChunkedArray, *, separator: str | None, max_values: int | None, where: str
+    column: Column, *, separator: str | None, max_values: int | None, where: str
 ) -> Bags:
     """Sets of values: a list column as it is, text split at ``separator`` (empty pieces dropped). Null is the empty set.
 
@@ -383,7 +395,7 @@ def as_bags(
     return Bags(elements, offsets, codes)
 
 
-def _split(texts: pa.Array, separator: str) -> tuple[pa.Array, Int64s]:
+def _split(texts: Array, separator: str) -> tuple[Array, Int64s]:
     pieces, lengths = flatten_lists(pc.split_pattern(texts, separator))
     is_kept = pc.not_equal(pieces, "").to_numpy(zero_copy_only=False)
     if not is_kept.all():

@@ -16,7 +16,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from recsys.config import fingerprint, validate
-from recsys.encoding.columns import Ragged, as_bags, as_vectors
+from recsys.encoding.columns import Array, Column, Ragged, text_bytes, as_bags, as_vectors
 from recsys.encoding.dense import DenseTransform
 from recsys.encoding.key_index import KeyIndex
 from recsys.encoding.tables import CalendarTable, HashTable, LogTable, QuantileTable, TableEncoder, VocabularyTable
@@ -35,6 +35,8 @@ from recsys.schema import (
     Vocabulary,
 )
 
+__all__ = ["EncodedColumn", "Encoder", "Ragged"]
+
 EncodedColumn = npt.NDArray[Any] | Ragged
 """categorical: int64 (n,); multi_categorical: :class:`Ragged` of n bags; dense: float32 (n, dim)."""
 
@@ -50,7 +52,7 @@ def place_of(feature: str) -> str:
     return f"feature {feature!r}"
 
 
-def vocabulary_table(keys: pa.Array) -> VocabularyTable:
+def vocabulary_table(keys: Array) -> VocabularyTable:
     """A vocabulary of keys, most frequent first."""
     index = KeyIndex(keys)
     return VocabularyTable(index, _digest(index))
@@ -61,11 +63,9 @@ def _digest(index: KeyIndex) -> str:
     digest = hashlib.sha256(f"{index.key_type}:{len(index)}:".encode())
     keys = index.keys
     if index.key_type == "text":
-        _, offset_buffer, content = keys.buffers()
-        offsets = np.frombuffer(offset_buffer, np.int64, len(keys) + 1, keys.offset * 8)
+        content, offsets = text_bytes(keys)
         digest.update(np.diff(offsets).astype("<i8").tobytes())
-        if content is not None:
-            digest.update(memoryview(content)[int(offsets[0]) : int(offsets[-1])])
+        digest.update(content[offsets[0] : offsets[-1]].data)
     elif index.key_type == "integer":
         digest.update(keys.to_numpy().astype("<i8").tobytes())
     return digest.hexdigest()
@@ -135,7 +135,7 @@ class Encoder:
         ]
         return {"format_version": FORMAT_VERSION, "features": features, "tables": tables}
 
-    def encode(self, feature: str, column: pa.Array | pa.ChunkedArray) -> EncodedColumn:
+    def encode(self, feature: str, column: Column) -> EncodedColumn:
         """Encodes raw values of a feature.
 
         Args:
@@ -163,7 +163,7 @@ class Encoder:
         ids = Ragged(table.encode(bags.elements, where=where), bags.offsets)
         return ids if bags.codes is None else ids.take(bags.codes)
 
-    def _check_type(self, feature: str, column: pa.Array | pa.ChunkedArray) -> None:
+    def _check_type(self, feature: str, column: Column) -> None:
         """A hash takes integers and text alike, but 7 and "7" are two values: hold a feature to what it was fitted on."""
         expected = self._hash_key_types.get(feature)
         if expected is None:
@@ -261,7 +261,7 @@ class Encoder:
         return encoder
 
 
-def _write_keys(path: Path, keys: pa.Array) -> None:
+def _write_keys(path: Path, keys: Array) -> None:
     batch = pa.record_batch({"key": keys})
     with path.open("wb") as file:
         with pa.ipc.new_file(file, batch.schema) as writer:

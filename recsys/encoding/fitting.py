@@ -48,12 +48,12 @@ class DistinctCounts:
     """Distinct keys with the sum of their weights, in memory that grows with the distinct keys only."""
 
     def __init__(self) -> None:
-        self._keys: pa.Array | None = None
+        self._keys: Array | None = None
         self._counts = np.empty(0, np.int64)
-        self._pending: list[tuple[pa.Array, Int64s]] = []
+        self._pending: list[tuple[Array, Int64s]] = []
         self._num_pending = 0
 
-    def add(self, keys: pa.Array, counts: Int64s) -> None:
+    def add(self, keys: Array, counts: Int64s) -> None:
         """Adds keys (m,), none null, each with its count (m,); repeated keys add up."""
         kept = counts > 0
         if not kept.all():
@@ -76,13 +76,13 @@ class DistinctCounts:
         self._keys, self._counts = _sum_by_key(pa.concat_arrays(parts), np.concatenate(counts))
         self._pending, self._num_pending = [], 0
 
-    def result(self) -> tuple[pa.Array | None, Int64s]:
+    def result(self) -> tuple[Array | None, Int64s]:
         """Keys (k,) in no particular order, ``None`` if nothing was added, and their counts (k,)."""
         self._compact()
         return self._keys, self._counts
 
 
-def _sum_by_key(keys: pa.Array, counts: Int64s) -> tuple[pa.Array, Int64s]:
+def _sum_by_key(keys: Array, counts: Int64s) -> tuple[Array, Int64s]:
     encoded = keys.dictionary_encode()
     codes = encoded.indices.to_numpy()
     # Sums of whole numbers below 2^53: float64 adds them exactly, in any order.
@@ -252,7 +252,7 @@ class EncoderFitter:
         self._key_types: dict[str, tuple[str, str]] = {}
 
     def update(
-        self, feature: str, column: pa.Array | pa.ChunkedArray, weights: npt.ArrayLike | None = None
+        self, feature: str, column: Column, weights: npt.ArrayLike | None = None
     ) -> None:
         """Shows the fitter some raw values of a feature.
 
@@ -285,7 +285,7 @@ class EncoderFitter:
             counts = np.repeat(counts, np.diff(bags.offsets))
         self._see(spec, bags.elements, counts, where)
 
-    def _see(self, spec: Categorical, column: pa.Array | pa.ChunkedArray, counts: Int64s | None, where: str) -> None:
+    def _see(self, spec: Categorical, column: Column, counts: Int64s | None, where: str) -> None:
         table = spec.table_name
         encoder = self._specs[table]
         if isinstance(encoder, QuantileBuckets):
@@ -350,7 +350,7 @@ def _sums(codes: npt.NDArray[np.integer], counts: Int64s | None, length: int) ->
     return np.bincount(codes, counts, length).astype(np.int64)
 
 
-def _counted(keys: IntKeys | TextKeys, counts: Int64s | None) -> tuple[pa.Array, Int64s]:
+def _counted(keys: IntKeys | TextKeys, counts: Int64s | None) -> tuple[Array, Int64s]:
     """Distinct keys of a chunk, none null, with their counts."""
     if isinstance(keys, IntKeys):
         values = keys.values
@@ -380,7 +380,7 @@ def _counted(keys: IntKeys | TextKeys, counts: Int64s | None) -> tuple[pa.Array,
     return _sum_by_key(texts, sums)
 
 
-def _frequent(keys: pa.Array | None, counts: Int64s, spec: Vocabulary) -> pa.Array:
+def _frequent(keys: Array | None, counts: Int64s, spec: Vocabulary) -> Array:
     if keys is None:
         return pa.nulls(0)
     kept = counts >= spec.min_count

@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from recsys.encoding.columns import IntKeys, TextKeys, as_keys
+from recsys.encoding.columns import Array, Column, Int64s, IntKeys, TextKeys, as_keys, text_bytes
 
 _MASK = 2**64 - 1
 _GAMMA = 0x9E3779B97F4A7C15
@@ -33,8 +33,12 @@ _MIX_2 = 0x94D049BB133111EB
 _FNV_OFFSET = 0xCBF29CE484222325
 _FNV_PRIME = 0x100000001B3
 
+_FNV_PRIME_64 = np.uint64(_FNV_PRIME)
+
 _BLOCK = 1 << 15
-"""Rows hashed at a time, so that intermediate arrays stay in the cache."""
+_TEXT_BLOCK = 1 << 12
+_STRIP = 16
+"""Rows, and bytes of each text, hashed at a time, so that intermediate arrays stay in the cache."""
 _FEW = 8
 """Below so many texts, a loop over bytes in Python is faster than array operations per byte position."""
 
@@ -86,7 +90,7 @@ def _mix_in_place(z: UInt64s) -> None:
     z ^= scratch
 
 
-def hash_integers(values: npt.NDArray[np.int64], *, seed: int = 0) -> UInt64s:
+def hash_integers(values: Int64s, *, seed: int = 0) -> UInt64s:
     """Hashes of integers.
 
     Args:
@@ -107,7 +111,7 @@ def hash_integers(values: npt.NDArray[np.int64], *, seed: int = 0) -> UInt64s:
     return hashed
 
 
-def hash_texts(texts: pa.Array, *, seed: int = 0) -> UInt64s:
+def hash_texts(texts: Array, *, seed: int = 0) -> UInt64s:
     """Hashes of the texts of a string or large_string array.
 
     Args:
@@ -118,42 +122,43 @@ def hash_texts(texts: pa.Array, *, seed: int = 0) -> UInt64s:
         uint64, (n,).
     """
     hashed = np.full(len(texts), _FNV_OFFSET, np.uint64)
-    _, offset_buffer, content_buffer = texts.buffers()
-    if len(texts) and content_buffer is not None:
-        width = np.dtype(np.int32 if texts.type.id == pa.string().id else np.int64)
-        offsets = np.frombuffer(offset_buffer, width, len(texts) + 1, texts.offset * width.itemsize).astype(np.int64)
-        content = np.frombuffer(content_buffer, np.uint8)
-        for begin in range(0, len(texts), _BLOCK):
-            end = min(begin + _BLOCK, len(texts))
-            hashed[begin:end] = _fnv1a_block(content, offsets[begin : end + 1])
+    content, offsets = text_bytes(texts)
+    if len(content):
+        for begin in range(0, len(texts), _TEXT_BLOCK):
+            end = min(begin + _TEXT_BLOCK, len(texts))
+            hashed[begin:end] = _fnv1a_block(content, offsets[begin:end], np.diff(offsets[begin : end + 1]))
     hashed ^= np.uint64(mix(seed))
     for begin in range(0, len(texts), _BLOCK):
         _mix_in_place(hashed[begin : begin + _BLOCK])
     return hashed
 
 
-def _fnv1a_block(content: npt.NDArray[np.uint8], offsets: npt.NDArray[np.int64]) -> UInt64s:
-    lengths = np.diff(offsets)
+def _fnv1a_block(content: npt.NDArray[np.uint8], starts: Int64s, lengths: Int64s) -> UInt64s:
     order = np.argsort(-lengths, kind="stable")  # longest first: the texts that reach a byte position are a prefix
-    starts, lengths = offsets[:-1][order], lengths[order]
+    starts, lengths = starts[order], lengths[order]
     hashed = np.full(len(order), _FNV_OFFSET, np.uint64)
-    reaching = len(order) - np.searchsorted(lengths[::-1], np.arange(int(lengths[0])), side="right")
+    longest = int(lengths[0])
+    reaching = (len(order) - np.searchsorted(lengths[::-1], np.arange(longest), side="right")).tolist()
     position = 0
-    for count in reaching.tolist():
-        if count < _FEW:
-            break
-        hashed[:count] ^= content[starts[:count] + position]
-        hashed[:count] *= np.uint64(_FNV_PRIME)
-        position += 1
-    for row in range(int(reaching[position]) if position < len(reaching) else 0):
-        rest = content[int(starts[row]) + position : int(starts[row] + lengths[row])]
+    while position < longest and reaching[position] >= _FEW:
+        count = reaching[position]
+        places = starts[:count] + np.arange(position, min(position + _STRIP, longest))[:, None]
+        strip = content.take(places, mode="clip").astype(np.uint64)  # past the end of a text stands what is not used
+        for row in strip:
+            count = reaching[position]
+            prefix = hashed[:count]
+            prefix ^= row[:count]
+            prefix *= _FNV_PRIME_64
+            position += 1
+    for row in range(reaching[position] if position < longest else 0):
+        rest = content[starts[row] + position : starts[row] + lengths[row]]
         hashed[row] = _fnv1a(rest.tobytes(), int(hashed[row]))
     result = np.empty_like(hashed)
     result[order] = hashed
     return result
 
 
-def hash_keys(column: pa.Array | pa.ChunkedArray, *, seed: int = 0) -> UInt64s:
+def hash_keys(column: Column, *, seed: int = 0) -> UInt64s:
     """Hashes of a column of integers, booleans, integral floats or text; the module says which function it is.
 
     Repeated texts are hashed once.

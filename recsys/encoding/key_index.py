@@ -7,7 +7,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from recsys.encoding.columns import Int64s, IntKeys, NoKeys, as_keys
+from recsys.encoding.columns import Array, Column, Int64s, IntKeys, NoKeys, as_keys
 from recsys.encoding.hashing import hash_integer, hash_integers, hash_text, hash_texts
 from recsys.errors import EncodingError
 
@@ -37,12 +37,12 @@ class KeyIndex:
         [1, -1, -1]
     """
 
-    def __init__(self, keys: pa.Array) -> None:
+    def __init__(self, keys: Array) -> None:
         parsed = as_keys(keys, where="keys")
         self.key_type: str | None = None
         """``"integer"``, ``"text"``, or ``None`` if every key is null."""
         self._num_keys = len(keys)
-        self._texts: pa.Array | None = None
+        self._texts: Array | None = None
         self._direct: npt.NDArray[np.integer] | None = None
         self._lowest = 0
         if isinstance(parsed, NoKeys):
@@ -83,25 +83,29 @@ class KeyIndex:
 
     def _build(self, hashes: npt.NDArray[np.uint64], places: Int64s) -> None:
         order = np.argsort(hashes)
-        self._hashes = hashes[order]
-        self._places = places[order].astype(_place_type(self._num_keys))
-        if self._texts is None and np.any(self._hashes[1:] == self._hashes[:-1]):
+        place_type = _place_type(self._num_keys)
+        # One slot more than there are keys: the last bucket may be empty and then begins there. Its place is -1, absent,
+        # and also what slot -1 refers to.
+        self._num_slots = len(hashes)
+        self._hashes = np.append(hashes[order], np.uint64(0))
+        self._places = np.append(places[order], -1).astype(place_type)
+        if self._texts is None and np.any(self._hashes[1:-1] == self._hashes[:-2]):
             _repeated()
         bits = max(1, (2 * len(hashes)).bit_length())
         self._shift = 64 - bits
-        counts = np.bincount((self._hashes >> np.uint64(self._shift)).astype(np.int64), minlength=2**bits)
-        self._starts = np.zeros(2**bits + 1, _place_type(self._num_keys))
+        counts = np.bincount((self._hashes[:-1] >> np.uint64(self._shift)).astype(np.int64), minlength=2**bits)
+        self._starts = np.zeros(2**bits + 1, place_type)
         np.cumsum(counts, out=self._starts[1:])
 
     @property
-    def keys(self) -> pa.Array:
+    def keys(self) -> Array:
         """The keys, in order: int64 or large_string."""
         return self._keys
 
     def __len__(self) -> int:
         return self._num_keys
 
-    def positions(self, column: pa.Array | pa.ChunkedArray, *, where: str = "keys") -> Int64s:
+    def positions(self, column: Column, *, where: str = "keys") -> Int64s:
         """Place of each value, -1 if it is null or not among the keys.
 
         Args:
@@ -133,8 +137,8 @@ class KeyIndex:
         return found if parsed.codes is None else np.append(found, -1)[parsed.codes]
 
     def _find_integers(self, values: Int64s) -> Int64s:
-        if self._direct is None and len(values) <= _FEW:
-            return np.array([self._place_of_hash(hash_integer(v)) for v in values.tolist()], np.int64)
+        if len(values) <= _FEW:
+            return np.array([self._place_of_integer(value) for value in values.tolist()], np.int64)
         found = np.empty(len(values), np.int64)
         for begin in range(0, len(values), _BLOCK):
             block = values[begin : begin + _BLOCK]
@@ -145,46 +149,56 @@ class KeyIndex:
                 places = self._direct[np.where(inside, shifted, np.uint64(0)).view(np.int64)]
                 found[begin : begin + _BLOCK] = np.where(inside, places, -1)
             else:
-                slots = self._slots_of_hashes(hash_integers(block))
-                found[begin : begin + _BLOCK] = np.where(slots >= 0, self._places[slots], -1)
+                found[begin : begin + _BLOCK] = self._places[self._slots_of_hashes(hash_integers(block))]
         return found
 
-    def _find_texts(self, texts: pa.Array) -> Int64s:
+    def _find_texts(self, texts: Array) -> Int64s:
         if len(texts) <= _FEW:
             return np.array([-1 if t is None else self._place_of_text(t) for t in texts.to_pylist()], np.int64)
         hashes = hash_texts(texts)
-        found = np.full(len(texts), -1, np.int64)
-        slots = np.concatenate(
-            [self._slots_of_hashes(hashes[begin : begin + _BLOCK]) for begin in range(0, len(texts), _BLOCK)]
-        )
-        rows = np.flatnonzero(slots >= 0)
+        slots = np.empty(len(texts), np.int64)
+        for begin in range(0, len(texts), _BLOCK):
+            slots[begin : begin + _BLOCK] = self._slots_of_hashes(hashes[begin : begin + _BLOCK])
         assert self._texts is not None
-        while len(rows):  # a second round only where two keys have the same hash
+        found = np.full(len(texts), -1, np.int64)
+        rows = np.flatnonzero(slots >= 0)
+        while len(rows):  # a second round only where two texts have the same hash
             places = self._places[slots[rows]]
-            equal = pc.equal(self._texts.take(pa.array(places)), texts.take(pa.array(rows)))
-            is_same = equal.fill_null(False).to_numpy(zero_copy_only=False)
+            asked = texts if len(rows) == len(texts) else texts.take(pa.array(rows))
+            equal = pc.equal(self._texts.take(pa.array(places)), asked.cast(pa.large_string()))
+            is_same = pc.fill_null(equal, False).to_numpy(zero_copy_only=False)
             found[rows[is_same]] = places[is_same]
             rows = rows[~is_same]
             slots[rows] += 1
-            rows = rows[slots[rows] < len(self._hashes)]
             rows = rows[self._hashes[slots[rows]] == hashes[rows]]
+            rows = rows[slots[rows] < self._num_slots]
         return found
 
     def _slots_of_hashes(self, hashes: npt.NDArray[np.uint64]) -> Int64s:
         """First place of each hash in the sorted hashes, -1 if there is none."""
         buckets = (hashes >> np.uint64(self._shift)).view(np.int64)
-        slots = self._starts[buckets].astype(np.int64)
-        ends = self._starts[buckets + 1].astype(np.int64)
-        found = np.full(len(hashes), -1, np.int64)
-        rows = np.flatnonzero(slots < ends)
-        slots, ends, wanted = slots[rows], ends[rows], hashes[rows]
-        while len(rows):
-            is_same = self._hashes[slots] == wanted
-            found[rows[is_same]] = slots[is_same]
-            slots += 1
-            left = ~is_same & (slots < ends)
-            rows, slots, ends, wanted = rows[left], slots[left], ends[left], wanted[left]
-        return found
+        slots = self._starts.take(buckets).astype(np.int64, copy=False)
+        is_same = self._hashes.take(slots) == hashes
+        if is_same.all():
+            return slots
+        rows = np.flatnonzero(~is_same)
+        left, ends, wanted = slots[rows] + 1, self._starts[buckets[rows] + 1], hashes[rows]
+        slots[rows] = -1
+        while True:
+            searching = left < ends
+            rows, left, ends, wanted = rows[searching], left[searching], ends[searching], wanted[searching]
+            if len(rows) == 0:
+                return slots
+            is_same = self._hashes[left] == wanted
+            slots[rows[is_same]] = left[is_same]
+            searching = ~is_same
+            rows, left, ends, wanted = rows[searching], left[searching] + 1, ends[searching], wanted[searching]
+
+    def _place_of_integer(self, value: int) -> int:
+        if self._direct is None:
+            return self._place_of_hash(hash_integer(value))
+        offset = value - self._lowest
+        return int(self._direct[offset]) if 0 <= offset < len(self._direct) else -1
 
     def _place_of_hash(self, hashed: int) -> int:
         bucket = hashed >> self._shift

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 import pyarrow as pa
 
-from recsys.encoding.columns import Float64s, Int64s, IntKeys, NoKeys, as_keys, as_numbers, as_times, valid_mask
+from recsys.encoding.columns import Column, Float64s, Int64s, IntKeys, NoKeys, as_keys, as_numbers, as_times, valid_mask
 from recsys.encoding.hashing import UInt64s, hash_integers, hash_texts
 from recsys.encoding.key_index import KeyIndex
 from recsys.schema import FIRST_ID, UNKNOWN_ID, LogBuckets
@@ -32,7 +32,7 @@ class TableEncoder(Protocol):
     def state(self) -> dict[str, Any]:
         """What was fitted, as plain JSON; a vocabulary gives a digest of its keys."""
 
-    def encode(self, column: pa.Array | pa.ChunkedArray, *, where: str) -> Int64s:
+    def encode(self, column: Column, *, where: str) -> Int64s:
         """Ids (n,) of raw values (n,); ``where`` names the column in errors."""
 
 
@@ -58,7 +58,7 @@ class VocabularyTable:
         """Type, number and digest of the values."""
         return {"key_type": self.index.key_type, "num_keys": len(self.index), "sha256": self._digest}
 
-    def encode(self, column: pa.Array | pa.ChunkedArray, *, where: str) -> Int64s:
+    def encode(self, column: Column, *, where: str) -> Int64s:
         """Ids of values; one that is not in the list is unknown."""
         ids = self.index.positions(column, where=where)
         ids += FIRST_ID  # absent is -1, and so becomes 1, unknown
@@ -87,7 +87,7 @@ class HashTable:
         """Nothing is fitted."""
         return {}
 
-    def encode(self, column: pa.Array | pa.ChunkedArray, *, where: str) -> Int64s:
+    def encode(self, column: Column, *, where: str) -> Int64s:
         """Ids of values."""
         keys = as_keys(column, where=where)
         if isinstance(keys, NoKeys):
@@ -131,7 +131,7 @@ class QuantileTable:
         """The boundaries."""
         return {"boundaries": self._boundaries.tolist()}
 
-    def encode(self, column: pa.Array | pa.ChunkedArray, *, where: str) -> Int64s:
+    def encode(self, column: Column, *, where: str) -> Int64s:
         """Ids of numbers; null and NaN are unknown."""
         numbers = as_numbers(column, where=where)
         return _bucket_ids(self._boundaries, numbers, numbers, side="left")
@@ -163,7 +163,7 @@ class LogTable:
         """Nothing is fitted."""
         return {}
 
-    def encode(self, column: pa.Array | pa.ChunkedArray, *, where: str) -> Int64s:
+    def encode(self, column: Column, *, where: str) -> Int64s:
         """Ids of numbers; null and NaN are unknown."""
         numbers = as_numbers(column, where=where)
         return _bucket_ids(self._powers, 1.0 + np.maximum(numbers, 0.0), numbers, side="right")
@@ -210,7 +210,7 @@ class CalendarTable:
         """Nothing is fitted."""
         return {}
 
-    def encode(self, column: pa.Array | pa.ChunkedArray, *, where: str) -> Int64s:
+    def encode(self, column: Column, *, where: str) -> Int64s:
         """Ids of times (int64 UTC microseconds, or timestamps); null is unknown."""
         times = as_times(column, where=where)
         cycle = self._unit * self._num_values
