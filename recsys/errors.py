@@ -12,6 +12,7 @@
     ├── IntegrityError           (RuntimeError)  a file that we wrote is incomplete, changed, or of another version
     │   ├── CheckpointError                      a checkpoint cannot be read or does not fit the run
     │   └── ArtifactError                        an artifact cannot be loaded, or does not fit its encoder
+    ├── TrainingError            (RuntimeError)  training cannot go on: the loss is no longer finite
     ├── RequestError             (ValueError)    a ranking request breaks a rule (HTTP 422)
     ├── UnavailableError         (RuntimeError)  something outside this process does not answer (HTTP 503)
     └── MissingDependencyError   (ImportError)   an optional package is not installed
@@ -74,6 +75,10 @@ class CheckpointError(IntegrityError):
 
 class ArtifactError(IntegrityError):
     """An artifact cannot be loaded, or does not fit its encoder."""
+
+
+class TrainingError(RecsysError, RuntimeError):
+    """Training cannot go on: the loss is no longer finite."""
 
 
 class RequestError(RecsysError, ValueError):

@@ -1,0 +1,143 @@
+"""Scores of a whole split, and metrics over them: exact, never averaged over batches."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from recsys.metrics import Metrics, evaluate_scores
+from recsys.training_set import SOURCE_ROW, USER_ROW, TrainingSet, end_column, label_column, start_column
+from training.data import BatchLoader
+from training.report import HistoryBucket, history_buckets
+from training.strategy import SingleProcess, Strategy
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """Every row of a split, in its order.
+
+    Attributes:
+        tasks: names of the tasks.
+        logits: ``(N, T)`` float32.
+        labels: ``(N, T)`` float32, NaN where missing.
+        user_row: ``(N,)`` int64, row of the users table; 0 is a user unknown to it.
+        request: ``(N,)`` int64, position of the request in the split.
+        source_row: ``(N,)`` int64, row of the impressions view.
+        history_length: ``(N,)`` int64, events strictly before the request, all that are stored, in its longest history.
+    """
+
+    tasks: tuple[str, ...]
+    logits: np.ndarray
+    labels: np.ndarray
+    user_row: np.ndarray
+    request: np.ndarray
+    source_row: np.ndarray
+    history_length: np.ndarray
+
+    @property
+    def groups(self) -> np.ndarray:
+        """``(N,)`` int64, what GAUC groups by: the user, or the request of an unknown user: strangers are many."""
+        return np.where(self.user_row > 0, self.user_row, -1 - self.request)
+
+    def task(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """Logits and labels ``(N,)`` of one task."""
+        column = self.tasks.index(name)
+        return self.logits[:, column], self.labels[:, column]
+
+
+def predict(
+    model: nn.Module,
+    training_set: TrainingSet,
+    split: str,
+    batch_size: int = 8192,
+    *,
+    strategy: Strategy | None = None,
+    advance: Callable[[int], None] = lambda _: None,
+) -> Predictions:
+    """Scores a split in its own order, in evaluation mode; the model's mode is put back.
+
+    Args:
+        model: takes a batch, returns logits ``(N, T)``; on the strategy's device.
+        batch_size: rows.
+        strategy: the processes that score together; each gets every row's score. One on the model's device if not
+            given.
+        advance: called with the number of rows scored since the last call.
+    """
+    if strategy is None:
+        parameter = next(model.parameters(), None)
+        strategy = SingleProcess("cpu" if parameter is None else str(parameter.device))
+    part = training_set.split(split)
+    loader = BatchLoader(training_set, split, batch_size, rank=strategy.rank, world=strategy.world)
+    num_tasks = len(training_set.schema.tasks)
+    scores, positions = [np.zeros((0, num_tasks), np.float32)], [np.zeros(0, np.int64)]
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.inference_mode(), closing(iter(loader)) as batches:
+            for loaded in batches:
+                logits = model(loaded.batch.to(strategy.device)).cpu().numpy()
+                if not loaded.is_filler:
+                    scores.append(logits)
+                    positions.append(np.full(len(logits), loaded.index, np.int64))
+                advance(loaded.num_rows)
+    finally:
+        model.train(was_training)
+    logits = np.concatenate(strategy.all_gather(np.concatenate(scores)))
+    # Ranks hold consecutive parts of every batch: a stable sort by batch puts the split's order back.
+    order = np.argsort(np.concatenate(strategy.all_gather(np.concatenate(positions))), kind="stable")
+    rows = np.diff(part.row_offsets)
+    schema = training_set.schema
+    return Predictions(
+        tasks=tuple(task.name for task in schema.tasks),
+        logits=logits[order],
+        labels=_labels(training_set, split),
+        user_row=np.repeat(part.requests.array(USER_ROW), rows),
+        request=np.repeat(np.arange(part.num_requests), rows),
+        source_row=np.array(part.impressions.array(SOURCE_ROW)),
+        history_length=np.repeat(_history_lengths(training_set, split), rows),
+    )
+
+
+def _labels(training_set: TrainingSet, split: str) -> np.ndarray:
+    impressions = training_set.split(split).impressions
+    columns = [impressions.array(label_column(task.name)) for task in training_set.schema.tasks]
+    return np.stack(columns, axis=1)
+
+
+def _history_lengths(training_set: TrainingSet, split: str) -> np.ndarray:
+    part = training_set.split(split)
+    longest = np.zeros(part.num_requests, np.int64)
+    for history in training_set.schema.histories:
+        length = part.requests.array(end_column(history.name)) - part.requests.array(start_column(history.name))
+        np.maximum(longest, length, out=longest)
+    return longest
+
+
+def evaluate(predictions: Predictions) -> dict[str, Metrics]:
+    """Metrics of each task, over the rows that have its label. GAUC groups by :attr:`Predictions.groups`."""
+    results = {}
+    for task in predictions.tasks:
+        logits, labels = predictions.task(task)
+        results[task] = evaluate_scores(labels, logits=logits, groups=predictions.groups)
+    return results
+
+
+def history_slices(predictions: Predictions, task: str) -> tuple[HistoryBucket, ...]:
+    """AUC of one task by the number of events that its users had before the request."""
+    logits, labels = predictions.task(task)
+    return history_buckets(predictions.history_length, labels, logits)
+
+
+def plain(metrics: Mapping[str, Metrics]) -> dict[str, dict[str, Any]]:
+    """Metrics by task as plain JSON; what is not defined is null."""
+    return {
+        task: {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in asdict(m).items()}
+        for task, m in metrics.items()
+    }

@@ -1,0 +1,144 @@
+"""The experiment: one YAML file that says what is learnt from what, and how."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field
+
+from feature_store.build import DataConfig
+from recsys.config import Config, apply_overrides, fingerprint, load_yaml, validate
+from recsys.errors import ConfigError, nearest
+from recsys.models import ModelConfig
+from recsys.schema import Name, Schema
+from training.data import ShuffleConfig
+from training.optim import AdagradConfig, DenseAdamConfig, DenseOptimizerConfig, EmbeddingOptimizerConfig
+from training.tracking import TrackingConfig
+
+MetricName = Literal["auc", "gauc", "logloss", "ne", "ece"]
+HIGHER_IS_BETTER: dict[MetricName, bool] = {"auc": True, "gauc": True, "logloss": False, "ne": False, "ece": False}
+
+
+class SelectionConfig(Config):
+    """Which validation metric chooses the checkpoint, and when to stop waiting for a better one."""
+
+    metric: MetricName = "auc"
+    task: Name | None = Field(None, description="the schema's first task if not given")
+    patience: int | None = Field(
+        2, ge=1, description="stop after so many epochs in a row without a better one; null: never"
+    )
+
+    @property
+    def higher_is_better(self) -> bool:
+        """Direction of the metric."""
+        return HIGHER_IS_BETTER[self.metric]
+
+
+class TrainingConfig(Config):
+    """How a model is trained."""
+
+    epochs: int = Field(5, ge=1, description="at most")
+    batch_size: int = Field(1024, ge=1, description="rows of a global batch, over all workers")
+    seed: int = Field(1, ge=0, lt=2**63, description="of initial weights, dropout and shuffling")
+    embedding_optimizer: EmbeddingOptimizerConfig = AdagradConfig()
+    dense_optimizer: DenseOptimizerConfig = DenseAdamConfig()
+    gradient_clip_norm: float | None = Field(
+        None, gt=0, description="bound on the norm of the dense gradient; tables are updated before a norm is known"
+    )
+    task_weights: dict[Name, float] = Field(default_factory=dict, description="weight in the loss; 1 if not given")
+    shuffle: ShuffleConfig = ShuffleConfig()
+    selection: SelectionConfig = SelectionConfig()
+    evaluation_batch_size: int = Field(8192, ge=1, description="rows")
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    num_threads: int | None = Field(None, ge=1, description="of torch, a process; its own choice if not given")
+    prefetch_batches: int = Field(4, ge=0, description="built ahead in the background")
+    checkpoint_every_s: float = Field(300.0, gt=0, description="seconds, besides one an epoch")
+    log_every_steps: int = Field(100, ge=1, description="steps between two lines of training loss")
+
+
+_DECIDES_NOTHING = frozenset(
+    {
+        "evaluation_batch_size",
+        "device",
+        "num_threads",
+        "prefetch_batches",
+        "checkpoint_every_s",
+        "log_every_steps",
+    }
+)
+"""Settings of training that change how a result is come by, not the result: an interrupted run may change them."""
+
+
+class ExperimentConfig(Config):
+    """One run: its data, its model, its training.
+
+    Example:
+        >>> experiment, schema = load_experiment("configs/experiment/din_simulated.yaml")  # doctest: +SKIP
+        >>> experiment.training.batch_size  # doctest: +SKIP
+        1024
+    """
+
+    name: Name
+    schema_file: str = Field(min_length=1, description="relative to this file")
+    data: DataConfig
+    model: ModelConfig
+    training: TrainingConfig = TrainingConfig()
+    tracking: TrackingConfig = TrackingConfig()
+
+    def run_fingerprint(self, schema: Schema, training_set: str) -> str:
+        """sha256 of everything that decides what a run results in.
+
+        Args:
+            training_set: its fingerprint.
+        """
+        training = self.training.model_dump(mode="json", exclude=set(_DECIDES_NOTHING))
+        return fingerprint(
+            {
+                "schema": schema.model_dump(mode="json"),
+                "training_set": training_set,
+                "model": self.model.model_dump(mode="json"),
+                "training": training,
+            }
+        )
+
+    def selection_task(self, schema: Schema) -> str:
+        """Name of the task whose validation metric chooses the checkpoint."""
+        return self.training.selection.task or schema.tasks[0].name
+
+
+def load_experiment(path: str | Path, overrides: Iterable[str] = ()) -> tuple[ExperimentConfig, Schema]:
+    """Reads an experiment and the schema that it names.
+
+    Args:
+        path: a YAML file.
+        overrides: ``a.b=c`` each.
+
+    Raises:
+        ConfigError: with every violation and its path.
+    """
+    path = Path(path)
+    experiment = validate(ExperimentConfig, apply_overrides(load_yaml(path), overrides), source=str(path))
+    schema = Schema.load(path.parent / experiment.schema_file)
+    check_tasks(experiment, schema, source=str(path))
+    return experiment, schema
+
+
+def check_tasks(experiment: ExperimentConfig, schema: Schema, *, source: str) -> None:
+    """Checks that the tasks that training names are the schema's.
+
+    Raises:
+        ConfigError: one is not.
+    """
+    tasks = [task.name for task in schema.tasks]
+    named: dict[str, Any] = {f"training.task_weights.{name}": name for name in experiment.training.task_weights}
+    if experiment.training.selection.task is not None:
+        named["training.selection.task"] = experiment.training.selection.task
+    for place, name in named.items():
+        if name not in tasks:
+            message = f"{source}: {place} must be a task of the schema, got {name!r}"
+            raise ConfigError(message, hint=nearest(name, tasks))
+    for name, weight in experiment.training.task_weights.items():
+        if weight < 0:
+            raise ConfigError(f"{source}: training.task_weights.{name} must be at least 0, got {weight}")

@@ -1,0 +1,126 @@
+"""The report of a run, from what the run has left behind."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import numpy as np
+import torch
+
+from recsys.config import fingerprint
+from recsys.metrics import Metrics
+from recsys.training_set import SPLITS, TrainingSet
+from training.evaluate import Predictions, evaluate, history_slices
+from training.experiment import ExperimentConfig
+from training.report import (
+    DataSummary,
+    LearningCurve,
+    ReportData,
+    ScoreRow,
+    TaskReport,
+    reliability_bins,
+    write_report,
+)
+from training.run import RunFolder
+
+
+def write_run_report(
+    folder: RunFolder,
+    experiment: ExperimentConfig,
+    training_set: TrainingSet,
+    predictions: Predictions,
+    split: str,
+    summary: Mapping[str, Any],
+    *,
+    others: Mapping[str, Sequence[ScoreRow]] | None = None,
+) -> None:
+    """Writes ``report.html`` of a run.
+
+    Args:
+        predictions: of the best model, over ``split``.
+        summary: the run's result.
+        others: by task, the scores of others over the same rows: the ceiling, the floor.
+    """
+    metrics = evaluate(predictions)
+    data = ReportData(
+        title=experiment.name,
+        subtitle=f"{experiment.model.kind} on {training_set.schema.name}",
+        created_at=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        split=split,
+        tasks=tuple(
+            _task(predictions, task, metrics[task], (others or {}).get(task, ())) for task in predictions.tasks
+        ),
+        data=_data(training_set),
+        config=experiment.model_dump(mode="json"),
+        environment=_environment(summary),
+        curve=_curve(folder, experiment, summary),
+    )
+    write_report(folder.report, data)
+
+
+def _task(predictions: Predictions, task: str, metrics: Metrics, others: Sequence[ScoreRow]) -> TaskReport:
+    logits, labels = predictions.task(task)
+    probabilities = 1.0 / (1.0 + np.exp(-np.clip(logits.astype(np.float64), -700.0, 700.0)))
+    return TaskReport(
+        name=task,
+        scores=(ScoreRow("this model", "model", metrics), *others),
+        reliability=reliability_bins(labels, probabilities),
+        history=history_slices(predictions, task),
+    )
+
+
+def _curve(folder: RunFolder, experiment: ExperimentConfig, summary: Mapping[str, Any]) -> LearningCurve:
+    lines = folder.lines()
+    epochs = [line for line in lines if line["kind"] == "epoch"]
+    steps_per_epoch = epochs[0]["step"]
+    task, _, metric = str(summary["selected_by"]).partition(".")
+    points = [(e["epoch"], e["validation"][task][metric]) for e in epochs]
+    losses = [(line["step"] / steps_per_epoch, line["train_loss"]) for line in lines if line["kind"] == "step"]
+    return LearningCurve(
+        train_loss=tuple(losses) or tuple((e["epoch"], e["train_loss"]) for e in epochs),
+        validation=tuple((epoch, value) for epoch, value in points if value is not None),
+        validation_name=str(summary["selected_by"]),
+        best_epoch=summary["best_epoch"],
+        higher_is_better=experiment.training.selection.higher_is_better,
+    )
+
+
+def _data(training_set: TrainingSet) -> DataSummary:
+    manifest = training_set.manifest
+    rows = {f"{name} impressions": training_set.split(name).num_rows for name in SPLITS}
+    rows |= {f"{name} requests": training_set.split(name).num_requests for name in SPLITS}
+    rows |= {f"{name} events": table.num_rows for name, table in training_set.events.items()}
+    rows |= {"users": training_set.users.num_rows - 1, "items": training_set.items.num_rows - 1}
+    return DataSummary(
+        name=str(manifest.get("name", training_set.schema.name)),
+        rows=rows,
+        fingerprints={
+            "training set": training_set.fingerprint,
+            "schema": fingerprint(training_set.schema),
+            "encoder": str(manifest["encoder_fingerprint"]),
+        },
+        quarantined={str(k): int(v) for k, v in manifest.get("quarantined", {}).items()},
+        boundaries={str(k): str(v) for k, v in manifest.get("split", {}).items()},
+    )
+
+
+def _environment(summary: Mapping[str, Any]) -> dict[str, str]:
+    versions = {}
+    for package in ("torch", "torchrec", "fbgemm-gpu-cpu", "fbgemm-gpu", "numpy", "pyarrow", "mlflow"):
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return {
+        "python": platform.python_version(),
+        **versions,
+        "machine": platform.machine(),
+        "torch threads": str(torch.get_num_threads()),
+        "run fingerprint": str(summary["fingerprint"]),
+        "steps": f"{summary['steps']:,}",
+        "training": f"{summary['train_s']:.1f} s, {summary['train_rows_per_s']:,.0f} rows/s",
+    }

@@ -1,0 +1,605 @@
+"""The trainer: epochs of steps, an evaluation after each, checkpoints that an interrupted run goes on from.
+
+A run that was killed and resumed ends with the same bits as one that was not: model, optimizers (the fused ones too),
+random state, place in the epoch and early-stopping state are all in the checkpoint, and the metrics file is cut back to
+it.
+
+The validation split chooses the checkpoint. The test split is scored once, at the end, with that checkpoint, and never
+chooses anything.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn, Self
+
+import torch
+from torch import Tensor
+
+from recsys.errors import CheckpointError, ConfigError, DataError, IntegrityError, TrainingError
+from recsys.metrics import Metrics
+from recsys.models import build_model
+from recsys.schema import Schema
+from recsys.training_set import TrainingSet, write_json
+from training.checkpoint import CheckpointStore, checkpoint_name
+from training.console import TrainingDisplay
+from training.data import BatchLoader, LoadedBatch
+from training.evaluate import Predictions, evaluate, plain, predict
+from training.experiment import ExperimentConfig, check_tasks
+from training.objective import Objective
+from training.run import RunFolder, flatten
+from training.run_report import write_run_report
+from training.strategy import SingleProcess, Strategy
+from training.tracking import Tracker
+
+_log = logging.getLogger(__name__)
+
+_LOOK_EVERY_STEPS = 10
+"""Steps between looks at losses, clock and signals: a look waits for the device and is agreed on by all ranks."""
+
+
+@dataclass
+class Progress:
+    """Where a run is; saved with every checkpoint.
+
+    Attributes:
+        epoch: epochs finished and evaluated.
+        batch: global batches of the current epoch done.
+        step: optimizer steps done.
+        epoch_rows, epoch_loss: rows of the current epoch, and the sum of their losses.
+        window_rows, window_loss: the same since the last line of training loss.
+        best: name of the checkpoint that is best on the validation split.
+        best_epoch, best_value: of it.
+        worse_epochs: epochs since.
+        is_done: training has ended; what is left is the test split.
+        train_s: seconds in training steps, over all attempts.
+        metrics_bytes: length of the metrics file.
+    """
+
+    epoch: int = 0
+    batch: int = 0
+    step: int = 0
+    epoch_rows: int = 0
+    epoch_loss: float = 0.0
+    window_rows: int = 0
+    window_loss: float = 0.0
+    best: str | None = None
+    best_epoch: int | None = None
+    best_value: float | None = None
+    worse_epochs: int = 0
+    is_done: bool = False
+    train_s: float = 0.0
+    total_rows: int = 0
+    metrics_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a run resulted in; ``summary.json`` holds the same.
+
+    Attributes:
+        run_dir: the run folder.
+        fingerprint: of everything that decided the result.
+        epochs: epochs trained.
+        steps: optimizer steps taken.
+        stopped_early: the validation metric had stopped getting better.
+        best_epoch: 1 for the first.
+        best_checkpoint: its name.
+        selected_by: the validation metric, ``task.metric``.
+        validation: metrics by task of the best epoch; None where undefined.
+        test: metrics by task with the best checkpoint; None if the split is empty.
+        train_rows_per_s: over training steps, without evaluation.
+        train_s: seconds in training steps.
+        was_finished: the run had finished before this call.
+    """
+
+    run_dir: Path
+    fingerprint: str
+    epochs: int
+    steps: int
+    stopped_early: bool
+    best_epoch: int
+    best_checkpoint: str
+    selected_by: str
+    validation: dict[str, dict[str, Any]]
+    test: dict[str, dict[str, Any]] | None
+    train_rows_per_s: float
+    train_s: float
+    was_finished: bool = False
+
+    @classmethod
+    def from_summary(cls, run_dir: Path, summary: Mapping[str, Any], *, was_finished: bool = True) -> Self:
+        """The result of a run that has finished."""
+        known = {k: v for k, v in summary.items() if k in cls.__dataclass_fields__}
+        return cls(**known, run_dir=run_dir, was_finished=was_finished)
+
+    def summary(self) -> dict[str, Any]:
+        """As plain JSON."""
+        values = asdict(self)
+        del values["run_dir"], values["was_finished"]
+        return values | {"finished_at": datetime.now(UTC).isoformat(timespec="seconds")}
+
+
+def train(
+    experiment: ExperimentConfig,
+    schema: Schema,
+    run_dir: str | Path,
+    *,
+    resume: bool = True,
+    workers: int = 1,
+    progress: bool = True,
+) -> TrainResult:
+    """Trains a model, or goes on with a run that was interrupted.
+
+    Args:
+        experiment: what to train, on what, how.
+        schema: the experiment's.
+        run_dir: the run folder; made if need be.
+        resume: False starts an interrupted or finished run again from nothing.
+        workers: processes; more than one needs Ray.
+        progress: show progress on stderr.
+
+    Returns:
+        The result; at once if the folder holds this very run, finished.
+
+    Raises:
+        ConfigError: the folder holds another run, or another process trains into it.
+        IntegrityError: the training set is absent, damaged, or of another schema.
+        CheckpointError: the checkpoint to resume from is damaged, or a new one cannot be written.
+        DataError: a split is empty, or the validation split has one class only.
+        TrainingError: the loss is no longer finite.
+    """
+    if workers < 1:
+        raise ConfigError(f"workers must be at least 1, got {workers}")
+    check_tasks(experiment, schema, source="experiment")
+    folder = RunFolder(Path(run_dir))
+    training_set = open_training_set(experiment, schema)
+    with TrainingDisplay(enabled=progress) as display, folder.locked():
+        summary = folder.begin(experiment, schema, training_set, resume=resume)
+        if summary is not None:
+            display.say(f"{folder.path} holds this run, finished {summary['finished_at']}: nothing to train")
+            return TrainResult.from_summary(folder.path, summary)
+        if workers > 1:
+            from training.distributed import train_workers
+
+            train_workers(experiment, schema, folder.path, workers=workers, display=display)
+        else:
+            strategy = SingleProcess(experiment.training.device)
+            train_rank(experiment, schema, folder.path, strategy, display=display)
+        return TrainResult.from_summary(folder.path, folder.summary(), was_finished=False)
+
+
+def open_training_set(experiment: ExperimentConfig, schema: Schema) -> TrainingSet:
+    """Opens the training set of an experiment.
+
+    Raises:
+        IntegrityError: it is absent, damaged, or was built with another schema.
+    """
+    training_set = TrainingSet.open(experiment.data.training_set)
+    if training_set.schema != schema:
+        raise IntegrityError(
+            f"{experiment.data.training_set} must be built with the schema of {experiment.schema_file}, "
+            "but was built with another",
+            hint="build it again, or bring back the schema",
+        )
+    return training_set
+
+
+def train_rank(
+    experiment: ExperimentConfig, schema: Schema, run_dir: str | Path, strategy: Strategy, *, display: TrainingDisplay
+) -> None:
+    """One process's part of a run that :class:`RunFolder` has begun. Rank 0 writes the folder.
+
+    Args:
+        display: shows what rank 0 has to say.
+    """
+    training_set = open_training_set(experiment, schema)
+    folder = RunFolder(Path(run_dir))
+    tracker = _tracker(experiment, training_set, folder, display) if strategy.rank == 0 else None
+    status = "FAILED"
+    devices = [strategy.device] if strategy.device.type == "cuda" else []
+    try:
+        with _threads(experiment.training.num_threads), torch.random.fork_rng(devices):
+            torch.manual_seed(experiment.training.seed)
+            Trainer(experiment, schema, training_set, folder, strategy, display, tracker).run()
+        status = "FINISHED"
+    except KeyboardInterrupt:
+        status = "KILLED"
+        raise
+    finally:
+        if tracker is not None:
+            tracker.finish(status)
+
+
+class Trainer:
+    """One rank of one run.
+
+    Args:
+        experiment: what to train and how.
+        schema: the experiment's.
+        training_set: opened.
+        folder: begun.
+        strategy: the processes that train together.
+        display: shows progress.
+        tracker: tracks the run; None on every rank but 0.
+    """
+
+    def __init__(
+        self,
+        experiment: ExperimentConfig,
+        schema: Schema,
+        training_set: TrainingSet,
+        folder: RunFolder,
+        strategy: Strategy,
+        display: TrainingDisplay,
+        tracker: Tracker | None = None,
+    ) -> None:
+        self._experiment = experiment
+        self._config = experiment.training
+        self._schema = schema
+        self._training_set = training_set
+        self._folder = folder
+        self._strategy = strategy
+        self._display = display
+        self._tracker = tracker
+        self._task = experiment.selection_task(schema)
+        self._store = CheckpointStore(
+            folder.checkpoints, rank=strategy.rank, world=strategy.world, barrier=strategy.barrier
+        )
+        model = build_model(experiment.model, schema, training_set.encoder.table_sizes)
+        self._model, self._optimizer, self._dense = strategy.prepare(
+            model, self._config.embedding_optimizer, self._config.dense_optimizer
+        )
+        self._objective = Objective(schema, self._config.task_weights).to(strategy.device)
+        self._progress = Progress()
+        self._unseen: list[tuple[Tensor, int]] = []  # losses still on the device, rows of their global batches
+        self._saved_at = self._clock = time.monotonic()
+
+    def run(self) -> None:
+        """Trains to the end and writes the result."""
+        for split in ("train", "validation"):
+            if self._training_set.split(split).num_rows == 0:
+                raise DataError(f"split {split!r} must have rows, got none", hint="move the boundaries in data.split")
+        self._resume()
+        with _stop_signals() as stop:
+            while not self._progress.is_done:
+                self._train_epoch(stop)
+                self._end_epoch()
+                if self._strategy.all_sum(torch.tensor([float(stop.is_set)])).any() and not self._progress.is_done:
+                    self._stop(stop)
+        self._finish()
+
+    # Steps
+
+    def _train_epoch(self, stop: _StopSignals) -> None:
+        config, progress = self._config, self._progress
+        loader = BatchLoader(
+            self._training_set,
+            "train",
+            config.batch_size,
+            config.shuffle,
+            seed=config.seed,
+            epoch=progress.epoch,
+            start_batch=progress.batch,
+            rank=self._strategy.rank,
+            world=self._strategy.world,
+            prefetch=config.prefetch_batches,
+        )
+        self._display.start(f"epoch {progress.epoch + 1} of {config.epochs}", loader.num_rows, progress.epoch_rows)
+        self._model.train()
+        self._clock = time.monotonic()
+        with closing(iter(loader)) as batches:
+            for loaded in batches:
+                self._step(loaded)
+                if progress.step % _LOOK_EVERY_STEPS == 0 or progress.step % config.log_every_steps == 0:
+                    self._look(stop)
+        self._see_losses()
+        progress.train_s += time.monotonic() - self._clock
+
+    def _step(self, loaded: LoadedBatch) -> None:
+        batch = loaded.batch.to(self._strategy.device)
+        assert batch.labels is not None
+        self._optimizer.zero_grad()
+        loss = self._objective(self._model(batch), batch.labels, loaded.num_rows)
+        (loss * self._strategy.loss_scale).backward()  # updates the embedding tables
+        if self._config.gradient_clip_norm is not None:
+            torch.nn.utils.clip_grad_norm_(self._dense, self._config.gradient_clip_norm)
+        self._optimizer.step()
+        self._unseen.append((loss.detach(), loaded.num_rows))
+        progress = self._progress
+        progress.batch += 1
+        progress.step += 1
+        self._display.advance(loaded.num_rows)
+
+    def _look(self, stop: _StopSignals) -> None:
+        """Checks the losses; saves a checkpoint if it is time or if the process is told to stop."""
+        self._see_losses()
+        if self._progress.step % self._config.log_every_steps == 0:
+            self._log_window()
+        late = time.monotonic() - self._saved_at >= self._config.checkpoint_every_s
+        flags = self._strategy.all_sum(torch.tensor([float(late and self._strategy.rank == 0), float(stop.is_set)]))
+        if flags.any():
+            now = time.monotonic()
+            self._progress.train_s += now - self._clock
+            self._save()
+            self._clock = time.monotonic()
+        if flags[1] > 0:
+            self._stop(stop)
+
+    def _stop(self, stop: _StopSignals) -> NoReturn:
+        self._display.say(f"stopped after step {self._progress.step}: the same command goes on from here")
+        stop.raise_it()
+
+    def _see_losses(self) -> None:
+        """Adds up the losses of the last steps, over all ranks.
+
+        Raises:
+            TrainingError: one is not finite.
+        """
+        if not self._unseen:
+            return
+        losses = self._strategy.all_sum(torch.stack([loss for loss, _ in self._unseen]).double()).tolist()
+        progress = self._progress
+        for position, (loss, (_, rows)) in enumerate(zip(losses, self._unseen, strict=True)):
+            if not -float("inf") < loss < float("inf"):
+                behind = len(losses) - 1 - position
+                raise self._diverged(loss, progress.step - behind, progress.batch - behind)
+            progress.epoch_rows += rows
+            progress.window_rows += rows
+            progress.total_rows += rows
+            progress.epoch_loss += loss * rows
+            progress.window_loss += loss * rows
+        self._unseen.clear()
+        self._display.advance(0, f"loss {progress.epoch_loss / progress.epoch_rows:.4f}")
+
+    def _diverged(self, loss: float, step: int, batch: int) -> TrainingError:
+        latest = self._store.latest
+        return TrainingError(
+            f"the loss must be finite, got {loss} at step {step} (epoch {self._progress.epoch + 1}, batch {batch})",
+            hint=(
+                f"lower training.embedding_optimizer.lr ({self._config.embedding_optimizer.lr}) or "
+                f"training.dense_optimizer.lr ({self._config.dense_optimizer.lr}), set training.gradient_clip_norm, "
+                "or look for extreme values among dense features that are kept as they are. "
+                + (f"The checkpoint {latest} is sound" if latest else "There is no checkpoint yet")
+            ),
+        )
+
+    def _log_window(self) -> None:
+        progress = self._progress
+        loss = progress.window_loss / progress.window_rows
+        self._write_metrics({"kind": "step", "step": progress.step, "epoch": progress.epoch + 1, "train_loss": loss})
+        if self._tracker is not None:
+            self._tracker.log_metrics({"train.loss": loss}, progress.step)
+        progress.window_rows, progress.window_loss = 0, 0.0
+
+    # Epochs
+
+    def _end_epoch(self) -> None:
+        progress, selection = self._progress, self._config.selection
+        metrics = evaluate(self._predict("validation"))
+        value = getattr(metrics[self._task], selection.metric)
+        if value != value:
+            raise DataError(
+                f"validation {self._task}.{selection.metric} must be defined, but the split has one class only",
+                hint="move data.split.train_end and data.split.validation_end so that it has clicks and non-clicks",
+            )
+        train_loss = progress.epoch_loss / progress.epoch_rows
+        progress.epoch += 1
+        is_best = progress.best_value is None or (
+            value > progress.best_value if selection.higher_is_better else value < progress.best_value
+        )
+        if is_best:
+            progress.best, progress.best_epoch = checkpoint_name(progress.step), progress.epoch
+            progress.best_value, progress.worse_epochs = value, 0
+        else:
+            progress.worse_epochs += 1
+        is_patient = selection.patience is None or progress.worse_epochs < selection.patience
+        progress.is_done = progress.epoch >= self._config.epochs or not is_patient
+        progress.batch, progress.epoch_rows, progress.epoch_loss = 0, 0, 0.0
+        line = {
+            "kind": "epoch",
+            "step": progress.step,
+            "epoch": progress.epoch,
+            "train_loss": train_loss,
+            "validation": plain(metrics),
+            "is_best": is_best,
+        }
+        self._write_metrics(line)
+        self._save()
+        self._tell(train_loss, metrics, is_best=is_best)
+
+    def _tell(self, train_loss: float, metrics: Mapping[str, Metrics], *, is_best: bool) -> None:
+        progress = self._progress
+        if self._tracker is not None:
+            values = _flat_metrics("validation", plain(metrics))
+            self._tracker.log_metrics({"train.epoch_loss": train_loss, "epoch": progress.epoch} | values, progress.step)
+        m = metrics[self._task]
+        self._display.say(
+            f"epoch {progress.epoch}: train loss {train_loss:.4f}, validation {self._task} auc {m.auc:.4f} "
+            f"gauc {m.gauc:.4f} logloss {m.logloss:.4f}" + (" (best)" if is_best else "")
+        )
+
+    def _predict(self, split: str) -> Predictions:
+        self._display.start(f"scoring {split}", self._training_set.split(split).num_rows)
+        return predict(
+            self._model,
+            self._training_set,
+            split,
+            self._config.evaluation_batch_size,
+            strategy=self._strategy,
+            advance=self._display.advance,
+        )
+
+    def _finish(self) -> None:
+        """Scores validation and test with the best checkpoint; writes the report and the summary."""
+        progress = self._progress
+        assert progress.best is not None
+        assert progress.best_epoch is not None
+        self._store.load(progress.best, {"model": self._model.state_dict()})
+        split = "test" if self._training_set.split("test").num_rows else "validation"
+        predictions = self._predict(split)
+        metrics = evaluate(predictions)
+        if self._strategy.rank != 0:
+            return
+        lines = self._folder.lines()
+        best = next(x for x in lines if x["kind"] == "epoch" and x["epoch"] == progress.best_epoch)
+        result = TrainResult(
+            run_dir=self._folder.path,
+            fingerprint=self._folder.config()["fingerprint"],
+            epochs=progress.epoch,
+            steps=progress.step,
+            stopped_early=progress.epoch < self._config.epochs,
+            best_epoch=progress.best_epoch,
+            best_checkpoint=progress.best,
+            selected_by=f"{self._task}.{self._config.selection.metric}",
+            validation=best["validation"],
+            test=plain(metrics) if split == "test" else None,
+            train_rows_per_s=progress.total_rows / progress.train_s if progress.train_s else 0.0,
+            train_s=progress.train_s,
+        )
+        write_run_report(self._folder, self._experiment, self._training_set, predictions, split, result.summary())
+        if self._tracker is not None:
+            values = _flat_metrics("test", result.test or {})
+            self._tracker.log_metrics(values | {"train.rows_per_s": result.train_rows_per_s}, progress.step)
+            self._tracker.log_files([(self._folder.report, ""), (self._folder.metrics, "")])
+        write_json(self._folder.path / "summary.json", result.summary())
+
+    # State
+
+    def _state(self) -> dict[str, Any]:
+        random = {f"cpu-{self._strategy.rank}": torch.get_rng_state()}
+        if self._strategy.device.type == "cuda":
+            random[f"cuda-{self._strategy.rank}"] = torch.cuda.get_rng_state(self._strategy.device)
+        return {"model": self._model.state_dict(), "optimizer": self._optimizer.state_dict(), "random": random}
+
+    def _save(self) -> None:
+        self._progress.metrics_bytes = self._folder.metrics.stat().st_size if self._folder.metrics.exists() else 0
+        self._store.save(self._progress.step, self._state(), asdict(self._progress))
+        self._saved_at = time.monotonic()
+
+    def _resume(self) -> None:
+        latest = self._store.latest
+        if latest is None:
+            if self._strategy.rank == 0:
+                self._folder.metrics.unlink(missing_ok=True)
+            return
+        state = self._state()
+        same_world = self._store.world_of(latest) == self._strategy.world
+        if not same_world:
+            del state["random"]
+        self._store.load(latest, state)
+        self._model.load_state_dict(state["model"])
+        self._optimizer.load_state_dict(state["optimizer"])
+        if same_world:
+            torch.set_rng_state(state["random"][f"cpu-{self._strategy.rank}"])
+            if self._strategy.device.type == "cuda":
+                torch.cuda.set_rng_state(state["random"][f"cuda-{self._strategy.rank}"], self._strategy.device)
+        try:
+            self._progress = Progress(**self._store.read_progress(latest))
+        except TypeError as err:
+            raise CheckpointError(f"{latest} is of another version", hint="train into a new folder") from err
+        if self._strategy.rank == 0:
+            self._cut_metrics()
+        done = self._progress
+        self._display.say(f"resuming after step {done.step} (epoch {done.epoch + 1}, batch {done.batch})")
+
+    def _write_metrics(self, line: Mapping[str, Any]) -> None:
+        if self._strategy.rank == 0:
+            with self._folder.metrics.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line, allow_nan=False) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+
+    def _cut_metrics(self) -> None:
+        """Removes the lines written after the checkpoint: the steps that they tell of will be taken again."""
+        wanted = self._progress.metrics_bytes
+        found = self._folder.metrics.stat().st_size if self._folder.metrics.exists() else 0
+        if found < wanted:
+            raise IntegrityError(
+                f"{self._folder.metrics} must have at least {wanted} bytes, got {found}",
+                hint=f"delete {self._folder.path} to start the run again",
+            )
+        if found > wanted:
+            os.truncate(self._folder.metrics, wanted)
+
+
+class _StopSignals:
+    """Whether the process was told to stop. The first signal asks; the second one is not caught again."""
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+
+    @property
+    def is_set(self) -> bool:
+        return self.signal is not None
+
+    def note(self, number: int, _: FrameType | None) -> None:
+        if self.is_set:
+            self.raise_it()
+        self.signal = number
+
+    def raise_it(self) -> NoReturn:
+        if self.signal == signal.SIGTERM:
+            raise SystemExit(128 + signal.SIGTERM)
+        raise KeyboardInterrupt
+
+
+@contextmanager
+def _stop_signals() -> Iterator[_StopSignals]:
+    """Turns SIGINT and SIGTERM into a request to stop at the next look; in the main thread only, as Python has it."""
+    stop = _StopSignals()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    before = {number: signal.signal(number, stop.note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _flat_metrics(split: str, metrics: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
+    return {f"{split}.{task}.{k}": v for task, values in metrics.items() for k, v in values.items() if v is not None}
+
+
+@contextmanager
+def _threads(number: int | None) -> Iterator[None]:
+    """Sets torch's threads for a while."""
+    before = torch.get_num_threads()
+    if number is not None:
+        torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _tracker(
+    experiment: ExperimentConfig, training_set: TrainingSet, folder: RunFolder, display: TrainingDisplay
+) -> Tracker:
+    config = folder.config()
+    return Tracker(
+        experiment.tracking,
+        folder.path,
+        name=experiment.name,
+        params=flatten(config["experiment"]) | {"table_sizes": config["table_sizes"]},
+        tags={
+            "recsys.fingerprint": config["fingerprint"],
+            "recsys.training_set": training_set.fingerprint,
+            "recsys.run_dir": str(folder.path.absolute()),
+        },
+        files=[(folder.path / "config.json", ""), (training_set.folder / "manifest.json", "training_set")],
+        say=display.say,
+    )
