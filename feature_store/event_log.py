@@ -1,0 +1,92 @@
+"""The event log of a history: every user's events once, oldest first.
+
+A history of a request is a slice ``[start, end)`` of the log, so that it costs two integers however long it is, and a
+slice that ends before the request cannot hold its future (:mod:`feature_store.point_in_time`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Self
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class EventLog:
+    """Events sorted by user, then time; equal times stay in the order of the view.
+
+    Attributes:
+        source_row: ``(E,)`` int64, row of each event in the events view.
+        item_row: ``(E,)`` int64, row of the items table.
+        time: ``(E,)`` int64, UTC microseconds.
+        user_offsets: ``(U + 1,)`` int64, the events of the user in row ``u`` of the users table are
+            ``user_offsets[u]:user_offsets[u + 1]``.
+    """
+
+    source_row: np.ndarray
+    item_row: np.ndarray
+    time: np.ndarray
+    user_offsets: np.ndarray
+
+    @classmethod
+    def build(
+        cls, source_row: np.ndarray, user_row: np.ndarray, item_row: np.ndarray, time: np.ndarray, *, num_users: int
+    ) -> Self:
+        """Sorts events given in the order of the view.
+
+        Args:
+            source_row: ``(E,)`` int64.
+            user_row: ``(E,)`` int64, below ``num_users``.
+            item_row: ``(E,)`` int64.
+            time: ``(E,)`` int64, UTC microseconds, not negative.
+            num_users: rows of the users table.
+        """
+        order = stable_order(user_row, time)
+        offsets = np.zeros(num_users + 1, dtype=np.int64)
+        np.cumsum(np.bincount(user_row, minlength=num_users), out=offsets[1:])
+        return cls(source_row[order], item_row[order], time[order], offsets)
+
+    @property
+    def num_events(self) -> int:
+        """E."""
+        return len(self.time)
+
+    def starts(self, user_row: np.ndarray) -> np.ndarray:
+        """``(R,)`` int64: the first event of each user."""
+        return self.user_offsets[user_row]
+
+    def stops(self, user_row: np.ndarray) -> np.ndarray:
+        """``(R,)`` int64: one past the last event of each user."""
+        return self.user_offsets[user_row + 1]
+
+
+def stable_order(*keys: np.ndarray) -> np.ndarray:
+    """Positions that sort rows by several keys, the first being the most significant; equal rows keep their order.
+
+    Keys whose ranges fit 63 bits together are packed into one integer first, which sorts several times faster.
+
+    Args:
+        keys: ``(n,)`` int64 each.
+
+    Returns:
+        ``(n,)`` int64.
+
+    Example:
+        >>> stable_order(np.array([1, 0, 1]), np.array([5, 9, 3]))
+        array([1, 2, 0])
+    """
+    if len(keys[0]) == 0:
+        return np.empty(0, dtype=np.int64)
+    lowest = [int(k.min()) for k in keys]
+    spans = [int(k.max()) - low + 1 for k, low in zip(keys, lowest, strict=True)]
+    capacity = 1
+    for span in spans:
+        capacity *= span
+    if capacity > 2**63 - 1:
+        return np.lexsort(keys[::-1])
+    packed = np.zeros(len(keys[0]), dtype=np.int64)
+    for key, low, span in zip(keys, lowest, spans, strict=True):
+        packed *= span
+        packed += key - low
+    return np.argsort(packed, kind="stable")

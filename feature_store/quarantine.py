@@ -1,0 +1,105 @@
+"""Broken rows: set aside in a file with the reason, counted, and refused when they are too many."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pyarrow.parquet as pq
+
+from feature_store.sources import Source
+from recsys.errors import QuarantineError
+from recsys.training_set import SOURCE_ROW
+
+REASON = "@reason"
+
+
+class Quarantine:
+    """The broken rows of one view. A row has one reason: the first that was found.
+
+    Args:
+        source: the view.
+    """
+
+    def __init__(self, source: Source) -> None:
+        self._source = source
+        self._reasons: list[str] = []
+        self._rows: list[np.ndarray] = []
+
+    def add(self, reason: str, source_rows: np.ndarray) -> None:
+        """Sets rows aside.
+
+        Args:
+            reason: what is wrong, naming the column.
+            source_rows: ``(n,)`` int64; rows that were not set aside before.
+        """
+        if len(source_rows):
+            self._reasons.append(reason)
+            self._rows.append(source_rows)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Rows by reason, in the order in which they were found."""
+        counts: dict[str, int] = {}
+        for reason, rows in zip(self._reasons, self._rows, strict=True):
+            counts[reason] = counts.get(reason, 0) + len(rows)
+        return counts
+
+    @property
+    def num_rows(self) -> int:
+        """Rows set aside."""
+        return sum(len(rows) for rows in self._rows)
+
+    def enforce(self, max_fraction: float) -> None:
+        """Refuses a view with too many broken rows.
+
+        Raises:
+            QuarantineError: with the reasons, how often each occurs, and where first.
+        """
+        if self.num_rows <= max_fraction * self._source.num_rows:
+            return
+        first: dict[str, int] = {}
+        for reason, rows in zip(self._reasons, self._rows, strict=True):
+            first[reason] = min(int(rows.min()), first.get(reason, int(rows.min())))
+        reasons = [f"{reason}: {n:,} rows, first row {first[reason]:,}" for reason, n in self.counts.items()]
+        raise QuarantineError(
+            f"{self._source.place}: at most {max_fraction:.1%} of the rows may be broken, got {self.num_rows:,} of "
+            f"{self._source.num_rows:,}\n  " + "\n  ".join(reasons),
+            hint="mend the source (rows count from 0, after the header), or raise max_quarantined_fraction",
+        )
+
+    def write(self, folder: Path) -> Path | None:
+        """Writes the rows as they were to ``<view>.parquet``, with ``@reason`` and ``@source_row``, if any."""
+        if not self._rows:
+            return None
+        source_rows = np.concatenate(self._rows)
+        reason_of_row = np.repeat(np.arange(len(self._reasons)), [len(r) for r in self._rows])
+        order = np.argsort(source_rows)
+        table = self._source.rows(source_rows).with_columns(
+            pl.Series(REASON, self._reasons, dtype=pl.String).gather(reason_of_row[order]).alias(REASON),
+            pl.Series(SOURCE_ROW, source_rows[order]),
+        )
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"{self._source.view}.parquet"
+        pq.write_table(table.to_arrow(), path)
+        return path
+
+
+def first_problems(source: Source, quarantine: Quarantine, problems: list[tuple[str, pl.Expr]]) -> np.ndarray:
+    """Sets aside the rows that have one of some problems.
+
+    Args:
+        problems: reasons, and expressions that are true where a row is broken; the first that holds counts.
+
+    Returns:
+        ``(num_rows,)`` bool: the rows that have none.
+    """
+    if not problems:
+        return np.ones(source.num_rows, dtype=bool)
+    found = [pl.when(is_broken).then(pl.lit(code, pl.UInt16)) for code, (_, is_broken) in enumerate(problems, start=1)]
+    codes = source.read({"code": pl.coalesce(*found, pl.lit(0, pl.UInt16))})["code"].to_numpy()
+    if codes.any():
+        for code, (reason, _) in enumerate(problems, start=1):
+            quarantine.add(reason, np.flatnonzero(codes == code))
+    return codes == 0

@@ -1,0 +1,99 @@
+"""A folder that appears whole or not at all.
+
+Work happens in ``DIR.tmp-<random>`` beside the folder, under an exclusive lock on ``DIR.lock``; the last step is a
+rename. A process killed at any moment leaves the old folder, the new one, or (between two renames) the old one under a
+name that the next run puts back. The lock belongs to the process, so a killed one leaves none behind; its file stays,
+since deleting it would let two processes lock two different files.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import glob
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from recsys.errors import SourceError
+
+_MARK = "manifest.json"
+"""Only a folder that holds this file, or nothing, is ever replaced."""
+
+
+@contextmanager
+def exclusive(folder: Path) -> Iterator[None]:
+    """Holds the lock of ``folder``, waiting for it, and clears what a killed process left beside it.
+
+    Raises:
+        SourceError: the parent folder cannot be written to.
+    """
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder.with_name(f"{folder.name}.lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    except OSError as err:
+        raise SourceError(f"{folder.parent} must be a folder that can be written to: {err.strerror}") from err
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        _recover(folder)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _recover(folder: Path) -> None:
+    replaced = sorted(folder.parent.glob(f"{glob.escape(folder.name)}.tmp-old-*"))
+    if not folder.exists() and replaced and (replaced[-1] / _MARK).is_file():
+        replaced[-1].rename(folder)
+    for stale in folder.parent.glob(f"{glob.escape(folder.name)}.tmp-*"):
+        shutil.rmtree(stale, ignore_errors=True)
+
+
+@contextmanager
+def replacing(folder: Path) -> Iterator[Path]:
+    """Yields a new folder that takes the place of ``folder`` if the block ends well, and vanishes if it does not.
+
+    Hold :func:`exclusive` around it. The block writes :data:`manifest.json` last.
+
+    Raises:
+        SourceError: ``folder`` holds something that is not ours to delete.
+    """
+    if folder.exists() and not (folder.is_dir() and ((folder / _MARK).is_file() or not any(folder.iterdir()))):
+        raise SourceError(
+            f"{folder} must be a training set or not exist, got other files: they would be deleted",
+            hint="choose another folder for training_set",
+        )
+    token = secrets.token_hex(6)
+    temporary = folder.with_name(f"{folder.name}.tmp-{token}")
+    temporary.mkdir()
+    try:
+        yield temporary
+        sync_folders(temporary)
+        if folder.exists():
+            old = folder.with_name(f"{folder.name}.tmp-old-{token}")
+            folder.rename(old)
+            temporary.rename(folder)
+            sync(folder.parent)
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            temporary.rename(folder)
+            sync(folder.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def sync_folders(folder: Path) -> None:
+    """Makes the names in a folder and all below it durable."""
+    for path, _, _ in os.walk(folder):
+        sync(Path(path))
+
+
+def sync(path: Path) -> None:
+    """Makes a file's content, or a folder's list of names, durable."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
