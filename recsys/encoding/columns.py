@@ -1,8 +1,8 @@
 """Arrow columns in, numpy arrays out: which types a feature may have, and what null means in each.
 
-Every function takes ``where``, the words that name the column in an error, and raises :class:`EncodingError` for a type or value
-that the feature cannot have. Small columns (one request) and large ones take the same way through; nothing here does work
-that does not shrink with the column.
+Every function takes ``where``, the words that name the column in an error, and raises :class:`EncodingError` for a type
+or value that the feature cannot have. Small columns (one request) and large ones take the same way through, and no work
+is done that does not shrink with the column.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ import pyarrow.compute as pc
 
 from recsys.errors import EncodingError
 
-Array: TypeAlias = "pa.Array[Any]"
+Array: TypeAlias = Any
+"""A :class:`pyarrow.Array`, whose annotations lack what its subclasses add: dictionaries, lists."""
 Column: TypeAlias = "pa.Array[Any] | pa.ChunkedArray[Any]"
 Int64s = npt.NDArray[np.int64]
 Float64s = npt.NDArray[np.float64]
@@ -30,6 +31,7 @@ _INTEGERS = {
     for t in (pa.int8(), pa.int16(), pa.int32(), pa.int64(), pa.uint8(), pa.uint16(), pa.uint32(), pa.uint64())
 }
 _FLOATS = {t.id: np.dtype(t.to_pandas_dtype()) for t in (pa.float16(), pa.float32(), pa.float64())}
+_EXACT_BELOW = {np.dtype(np.float16): 2**11, np.dtype(np.float32): 2**24, np.dtype(np.float64): 2**53}
 _NULL, _BOOL, _STRING, _LARGE_STRING = pa.null().id, pa.bool_().id, pa.string().id, pa.large_string().id
 _STRING_VIEW, _DICTIONARY = pa.string_view().id, pa.dictionary(pa.int32(), pa.string()).id
 _DECIMALS = {t.id for t in (pa.decimal32(1), pa.decimal64(1), pa.decimal128(1), pa.decimal256(1))}
@@ -124,7 +126,7 @@ def valid_mask(array: Array) -> Bools | None:
     return None if array.null_count == 0 else array.is_valid().to_numpy(zero_copy_only=False)
 
 
-def _view(array: Array, dtype: np.dtype[np.generic]) -> npt.NDArray[np.generic]:
+def _view(array: Array, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
     """The numbers of a fixed-width array without a copy; what stands at nulls has no meaning."""
     if len(array) == 0:
         return np.empty(0, dtype)
@@ -139,6 +141,16 @@ def text_bytes(texts: Array) -> tuple[npt.NDArray[np.uint8], Int64s]:
     width = np.dtype(np.int32 if texts.type.id == _STRING else np.int64)
     offsets = np.frombuffer(offset_buffer, width, len(texts) + 1, texts.offset * width.itemsize)
     return np.frombuffer(content_buffer, np.uint8), offsets.astype(np.int64, copy=False)
+
+
+def key_type_of(column: Column) -> str | None:
+    """What :func:`as_keys` reads a column as: ``"integer"`` or ``"text"``; ``None`` if it has no values."""
+    kind: Any = column.type
+    if kind.id == _DICTIONARY:
+        kind = kind.value_type
+    if kind.id == _NULL:
+        return None
+    return "text" if kind.id in _TEXTS else "integer"
 
 
 def _refuse(where: str, wanted: str, got: pa.DataType, hint: str | None) -> NoReturn:
@@ -165,7 +177,7 @@ def as_keys(column: Column, *, where: str) -> Keys:
         if len(array) < _DICTIONARY_FROM:
             return TextKeys(array, None)
         encoded = array.dictionary_encode(null_encoding="encode")
-        return TextKeys(encoded.dictionary, _view(encoded.indices, np.dtype(np.int32)))  # type: ignore[arg-type]
+        return TextKeys(encoded.dictionary, _view(encoded.indices, np.dtype(np.int32)))
     if kind in _FLOATS:
         return _integral_float_keys(array, where)
     if kind == _BOOL:
@@ -206,8 +218,8 @@ def _integer_keys(array: Array, where: str) -> IntKeys:
 def _integral_float_keys(array: Array, where: str) -> IntKeys:
     dtype = _FLOATS[array.type.id]
     values = _view(array, dtype)
-    limit = 2 ** (np.finfo(dtype).nmant + 1)  # type: ignore[arg-type]
-    valid = ~np.isnan(values)  # type: ignore[call-overload]
+    limit = _EXACT_BELOW[dtype]
+    valid = ~np.isnan(values)
     mask = valid_mask(array)
     if mask is not None:
         valid &= mask
@@ -219,7 +231,7 @@ def _integral_float_keys(array: Array, where: str) -> IntKeys:
         )
     if np.any(np.abs(values) >= limit):
         raise EncodingError(
-            f"{where} must hold whole numbers below {limit} in a {array.type} column (its exact range), got larger ones",
+            f"{where} must hold whole numbers below {limit}, the exact range of its type {array.type}, got larger ones",
             hint="write the column as int64 from the start: a float has already merged neighbouring ids",
         )
     return IntKeys(values.astype(np.int64), None if valid.all() else valid)
@@ -264,7 +276,9 @@ def as_numbers(column: Column, *, where: str) -> Float64s:
 
 
 def as_vectors(column: Column, dim: int, *, where: str) -> Float64s:
-    """Vectors of numbers as float64 (n, dim), NaN where a vector or a component is null. A plain number is a vector of 1.
+    """Vectors of numbers as float64 (n, dim), NaN where a vector or a component is null.
+
+    With ``dim`` 1, a column of plain numbers will do as well as one of lists.
 
     Raises:
         EncodingError: the column does not hold numbers or lists of numbers, or a vector has another length.
@@ -283,7 +297,8 @@ def as_vectors(column: Column, dim: int, *, where: str) -> Float64s:
     if np.any(given != dim):
         wrong = int(given[given != dim][0])
         raise EncodingError(
-            f"{where} must hold lists of {dim} numbers, got one of {wrong}", hint="change the feature's dim or mend the column"
+            f"{where} must hold lists of {dim} numbers, got one of {wrong}",
+            hint="change the feature's dim or mend the column",
         )
     vectors = as_numbers(elements, where=where).reshape(-1, dim)
     if valid is None:
@@ -330,10 +345,12 @@ def flatten_lists(array: Array) -> tuple[Array, Int64s]:
         if len(array) == 0:
             return array.values.slice(0, 0), np.empty(0, np.int64)
         width = np.dtype(np.int32 if array.type.id == _LIST else np.int64)
-        offsets = np.frombuffer(array.buffers()[1], width, len(array) + 1, array.offset * width.itemsize).astype(np.int64)
+        offsets = np.frombuffer(array.buffers()[1], width, len(array) + 1, array.offset * width.itemsize).astype(
+            np.int64
+        )
         first, last = int(offsets[0]), int(offsets[-1])
         return array.values.slice(first, last - first), np.diff(offsets)
-    lengths = pc.fill_null(pc.list_value_length(array), 0).to_numpy(zero_copy_only=False)
+    lengths = np.asarray(pc.call_function("list_value_length", [array]).fill_null(0))
     return array.flatten(), lengths.astype(np.int64, copy=False)
 
 
@@ -351,15 +368,13 @@ class Bags(NamedTuple):
     codes: npt.NDArray[np.integer] | None
 
 
-def as_bags(
-    column: Column, *, separator: str | None, max_values: int | None, where: str
-) -> Bags:
-    """Sets of values: a list column as it is, text split at ``separator`` (empty pieces dropped). Null is the empty set.
+def as_bags(column: Column, *, separator: str | None, max_values: int | None, where: str) -> Bags:
+    """Bags of values: a list column as it is, or text split at ``separator`` less empty pieces. Null is the empty bag.
 
     Args:
         column: (n,).
         separator: splits text; list columns do not need it.
-        max_values: only the first so many values of each set are kept.
+        max_values: only the first so many values of each bag are kept.
         where: names the column in errors.
 
     Raises:
@@ -396,8 +411,8 @@ def as_bags(
 
 
 def _split(texts: Array, separator: str) -> tuple[Array, Int64s]:
-    pieces, lengths = flatten_lists(pc.split_pattern(texts, separator))
-    is_kept = pc.not_equal(pieces, "").to_numpy(zero_copy_only=False)
+    pieces, lengths = flatten_lists(pc.call_function("split_pattern", [texts], pc.SplitPatternOptions(separator)))
+    is_kept = np.asarray(pc.binary_length(pieces)) > 0
     if not is_kept.all():
         bag = np.repeat(np.arange(len(lengths)), lengths)
         lengths = np.bincount(bag[is_kept], minlength=len(lengths)).astype(np.int64)

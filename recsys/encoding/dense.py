@@ -17,20 +17,20 @@ _LARGEST = float(np.finfo(np.float32).max)
 
 
 def squash(numbers: Float64s, spec: Standardise) -> Float64s:
-    """:math:`f(x)`: :math:`\\log(1 + \\max(x, 0))` with ``log1p``, else :math:`x`."""
+    r""":math:`f(x)`: :math:`\log(1 + \max(x, 0))` with ``log1p``, else :math:`x`."""
     return np.log1p(np.maximum(numbers, 0.0)) if spec.log1p else numbers
 
 
 class DenseTransform:
-    """Transform of one dense feature.
+    r"""Transform of one dense feature.
 
-    ``standardise``: :math:`\\mathrm{clip}((f(x) - \\mu) / \\sigma)` per component, computed in float64, magnitude at most
+    ``standardise``: :math:`\mathrm{clip}((f(x) - \mu) / \sigma)` per component, computed in float64, magnitude at most
     ``clip``. ``keep``: :math:`x`, magnitude at most the largest float32.
 
     Args:
         spec: which transform.
-        mean: :math:`\\mu`, (dim,); unused by ``keep``.
-        std: :math:`\\sigma > 0`, (dim,); unused by ``keep``.
+        mean: :math:`\mu`, (dim,); unused by ``keep``.
+        std: :math:`\sigma > 0`, (dim,); unused by ``keep``.
     """
 
     def __init__(self, spec: TransformSpec, mean: Float64s, std: Float64s) -> None:

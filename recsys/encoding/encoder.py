@@ -1,4 +1,4 @@
-"""The fitted encoder: the one code path from raw values to ids and numbers, for a table of any size and for one request."""
+"""The fitted encoder: one code path from raw values to ids and numbers, for a table of any size and for one request."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from recsys.config import fingerprint, validate
-from recsys.encoding.columns import Array, Column, Ragged, text_bytes, as_bags, as_vectors
+from recsys.encoding.columns import Array, Column, Ragged, as_bags, as_vectors, key_type_of, text_bytes
 from recsys.encoding.dense import DenseTransform
 from recsys.encoding.key_index import KeyIndex
 from recsys.encoding.tables import CalendarTable, HashTable, LogTable, QuantileTable, TableEncoder, VocabularyTable
-from recsys.errors import ConfigError, EncodingError, IntegrityError
+from recsys.errors import EncodingError, IntegrityError
 from recsys.schema import (
     UNKNOWN_ID,
     Categorical,
@@ -43,6 +43,7 @@ EncodedColumn = npt.NDArray[Any] | Ragged
 FORMAT = "recsys.encoder"
 FORMAT_VERSION = 1
 
+_CHANGED = "a file was changed or cut short after it was written: copy the folder again, or build it again"
 _ENCODER_FILE = "encoder.json"
 _VOCABULARIES = "vocabularies"
 
@@ -59,7 +60,7 @@ def vocabulary_table(keys: Array) -> VocabularyTable:
 
 
 def _digest(index: KeyIndex) -> str:
-    """sha256 of the keys, whatever file they lie in: the lengths of texts and then their bytes, or integers, little-endian."""
+    """sha256 of the keys, whatever file they lie in: integers, or lengths of texts, then their bytes; little-endian."""
     digest = hashlib.sha256(f"{index.key_type}:{len(index)}:".encode())
     keys = index.keys
     if index.key_type == "text":
@@ -85,6 +86,13 @@ def table_encoder(spec: EncoderSpec, state: Mapping[str, Any]) -> TableEncoder:
     return CalendarTable.day_of_week(spec.utc_offset_minutes)
 
 
+def dense_transform(feature: Dense, state: Mapping[str, Any]) -> DenseTransform:
+    """The transform of a dense feature, from what was fitted."""
+    mean = np.array(state.get("mean", np.zeros(feature.dim)), np.float64)
+    std = np.array(state.get("std", np.ones(feature.dim)), np.float64)
+    return DenseTransform(feature.transform, mean.reshape(feature.dim), std.reshape(feature.dim))
+
+
 class Encoder:
     """Turns raw columns into what models take. Not changed after construction, so threads may share it.
 
@@ -99,7 +107,7 @@ class Encoder:
     Attributes:
         schema: what the features are.
         fingerprint: sha256 of everything that decides the output of :meth:`encode`.
-        table_sizes: rows of each embedding table, padding and unknown included, in the order of ``schema.table_encoders``.
+        table_sizes: rows of each embedding table, padding and unknown included; order of ``schema.table_encoders``.
     """
 
     def __init__(
@@ -164,13 +172,9 @@ class Encoder:
         return ids if bags.codes is None else ids.take(bags.codes)
 
     def _check_type(self, feature: str, column: Column) -> None:
-        """A hash takes integers and text alike, but 7 and "7" are two values: hold a feature to what it was fitted on."""
+        """Holds a hashed feature to the type that it was fitted on: 7 and "7" have different hashes."""
         expected = self._hash_key_types.get(feature)
-        if expected is None:
-            return
-        kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
-        is_text = pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
-        if is_text != (expected == "text") and not pa.types.is_null(kind):
+        if expected is not None and key_type_of(column) not in (expected, None):
             raise EncodingError(
                 f"{place_of(feature)} must hold {'text' if expected == 'text' else 'integers'}, as when it was fitted, "
                 f"got a column of type {column.type}",
@@ -203,7 +207,7 @@ class Encoder:
             for name, table in self._tables.items():
                 if isinstance(table, VocabularyTable):
                     _write_keys(draft / _VOCABULARIES / f"{name}.arrow", table.index.keys)
-            content = {
+            content: dict[str, Any] = {
                 "format": FORMAT,
                 "format_version": FORMAT_VERSION,
                 "fingerprint": self.fingerprint,
@@ -212,6 +216,7 @@ class Encoder:
                 "transforms": {name: transform.state for name, transform in self._transforms.items()},
                 "hash_key_types": self._hash_key_types,
             }
+            content["sha256"] = fingerprint(content)
             with (draft / _ENCODER_FILE).open("w", encoding="utf-8") as file:
                 json.dump(content, file, indent=1, ensure_ascii=False, allow_nan=False)
                 file.flush()
@@ -231,7 +236,6 @@ class Encoder:
         """
         folder = Path(folder)
         content = _read_content(folder / _ENCODER_FILE)
-        hint = "the files were changed or mixed up after they were written: copy the folder again, or build it again"
         try:
             schema = validate(Schema, content["schema"], source=f"{folder / _ENCODER_FILE}: schema")
             tables: dict[str, TableEncoder] = {}
@@ -241,22 +245,19 @@ class Encoder:
                     tables[name] = _load_vocabulary(folder / _VOCABULARIES / f"{name}.arrow", state)
                 else:
                     tables[name] = table_encoder(spec, state)
-            transforms = {}
-            for feature in schema.all_features:
-                if isinstance(feature, Dense):
-                    state = content["transforms"][feature.name]
-                    mean = np.array(state.get("mean", np.zeros(feature.dim)), np.float64)
-                    std = np.array(state.get("std", np.ones(feature.dim)), np.float64)
-                    if mean.shape != (feature.dim,) or std.shape != (feature.dim,):
-                        raise ValueError(f"transform of {feature.name!r} must have {feature.dim} components")
-                    transforms[feature.name] = DenseTransform(feature.transform, mean, std)
+            transforms = {
+                feature.name: dense_transform(feature, content["transforms"][feature.name])
+                for feature in schema.all_features
+                if isinstance(feature, Dense)
+            }
             encoder = cls(schema, tables=tables, transforms=transforms, hash_key_types=content["hash_key_types"])
-        except (ConfigError, KeyError, TypeError, ValueError, AttributeError) as err:
-            raise IntegrityError(f"{folder / _ENCODER_FILE} must be as it was written, got other content", hint=hint) from err
+        except (KeyError, TypeError, ValueError, AttributeError) as err:
+            raise IntegrityError(
+                f"{folder / _ENCODER_FILE} must be as it was written, got other content", hint=_CHANGED
+            ) from err
         if encoder.fingerprint != content["fingerprint"]:
             raise IntegrityError(
-                f"{folder} must have the fingerprint {str(content['fingerprint'])[:12]}..., got {encoder.fingerprint[:12]}...",
-                hint=hint,
+                f"{folder} must have fingerprint {content['fingerprint']}, got {encoder.fingerprint}", hint=_CHANGED
             )
         return encoder
 
@@ -271,52 +272,54 @@ def _write_keys(path: Path, keys: Array) -> None:
 
 
 def _load_vocabulary(path: Path, state: Mapping[str, Any]) -> VocabularyTable:
-    hint = "the file was changed or cut short after it was written: copy the folder again, or build it again"
     try:
         with pa.OSFile(str(path), "rb") as file, pa.ipc.open_file(file) as reader:
             keys = reader.get_batch(0).column("key")
             keys.validate(full=True)
     except FileNotFoundError as err:
-        raise IntegrityError(f"{path} must exist, got no such file", hint=hint) from err
+        raise IntegrityError(f"{path} must exist, got no such file", hint=_CHANGED) from err
     except (pa.ArrowException, OSError, KeyError, IndexError) as err:
-        raise IntegrityError(f"{path} must be a complete Arrow file, got a broken one", hint=hint) from err
+        raise IntegrityError(f"{path} must be a complete Arrow file, got a broken one", hint=_CHANGED) from err
     try:
         table = vocabulary_table(keys)
     except EncodingError as err:
-        raise IntegrityError(f"{path} must hold a vocabulary, got other content", hint=hint) from err
+        raise IntegrityError(f"{path} must hold a vocabulary, got other content", hint=_CHANGED) from err
     if table.state != state:
-        raise IntegrityError(f"{path} must hold the vocabulary that was fitted, got another", hint=hint)
+        raise IntegrityError(f"{path} must hold the vocabulary that was fitted, got another", hint=_CHANGED)
     return table
 
 
 def _read_content(path: Path) -> dict[str, Any]:
-    hint = "the file was changed or cut short after it was written: copy the folder again, or build it again"
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError) as err:
-        raise IntegrityError(f"{path} must exist, got no such file", hint="give the folder that an encoder was saved to") from err
+        raise IntegrityError(
+            f"{path} must exist, got no such file", hint="give the folder that an encoder was saved to"
+        ) from err
     except (OSError, ValueError) as err:
-        raise IntegrityError(f"{path} must be a complete JSON file, got a broken one", hint=hint) from err
+        raise IntegrityError(f"{path} must be a complete JSON file, got a broken one", hint=_CHANGED) from err
     if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise IntegrityError(f"{path} must be an encoder, got something else", hint="give the folder that an encoder was saved to")
+        raise IntegrityError(
+            f"{path} must be an encoder, got something else", hint="give the folder that an encoder was saved to"
+        )
     if content.get("format_version") != FORMAT_VERSION:
         raise IntegrityError(
             f"{path} must be of format version {FORMAT_VERSION}, got {content.get('format_version')!r}",
             hint="build it again with this version, or use the version that wrote it",
         )
-    if not isinstance(content.get("fingerprint"), str):
-        raise IntegrityError(f"{path} must have a fingerprint, got none", hint=hint)
+    if content.pop("sha256", None) != fingerprint(content):
+        raise IntegrityError(f"{path} must be as it was written, got other content", hint=_CHANGED)
     return content
 
 
 def _replace_folder(draft: Path, folder: Path) -> None:
     if folder.exists():
         retired = folder.with_name(f".tmp-{folder.name}-{secrets.token_hex(6)}")
-        os.rename(folder, retired)
-        os.rename(draft, folder)
+        folder.rename(retired)
+        draft.rename(folder)
         shutil.rmtree(retired, ignore_errors=True)
     else:
-        os.rename(draft, folder)
+        draft.rename(folder)
     _sync_folder(folder.parent)
 
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from recsys.encoding.columns import (
+    Array,
+    Column,
     Float64s,
     Int64s,
     IntKeys,
@@ -19,14 +23,14 @@ from recsys.encoding.columns import (
     as_times,
     as_vectors,
 )
-from recsys.encoding.dense import DenseTransform, squash
-from recsys.encoding.encoder import Encoder, place_of, table_encoder, vocabulary_table
+from recsys.encoding.dense import squash
+from recsys.encoding.encoder import Encoder, dense_transform, place_of, table_encoder, vocabulary_table
 from recsys.encoding.tables import TableEncoder
 from recsys.errors import EncodingError
 from recsys.schema import (
     Categorical,
     DayOfWeek,
-    Hash,
+    Dense,
     HourOfDay,
     LogBuckets,
     MultiCategorical,
@@ -37,7 +41,7 @@ from recsys.schema import (
 )
 
 MAX_QUANTILE_CELLS = 1 << 20
-"""Quantiles are exact up to so many distinct numbers; beyond, numbers are merged into cells (see :class:`QuantileSketch`)."""
+"""Quantiles are exact up to so many distinct numbers; beyond, numbers merge into cells: see :class:`QuantileSketch`."""
 
 _COMPACT_EVERY = 1 << 20
 _MANTISSA_BITS = 52
@@ -92,10 +96,10 @@ def _sum_by_key(keys: Array, counts: Int64s) -> tuple[Array, Int64s]:
 class QuantileSketch:
     """Weighted quantiles: exact up to ``max_cells`` distinct numbers, then of numbers merged into cells.
 
-    A cell is all float64 numbers that agree in sign, exponent and the first :math:`p` bits of the mantissa; :math:`p` is the
-    largest at which at most ``max_cells`` cells are occupied. Every number counts in its cell, so a boundary is wrong by at
-    most one cell: a relative error of :math:`2^{-p}` in value. What comes out depends on neither the order nor the
-    chunks in which numbers came in, and there is no chance in it.
+    A cell is all float64 numbers that agree in sign, exponent and the first :math:`p` bits of the mantissa, :math:`p`
+    being the largest at which at most ``max_cells`` cells are occupied. Every number counts in its cell, so a boundary
+    is wrong by at most one cell: a relative error of :math:`2^{-p}` in value. What comes out depends on neither the order
+    nor the chunks in which numbers came in, and there is no chance in it.
 
     Args:
         max_cells: bound on memory, at least 8192.
@@ -134,10 +138,10 @@ class QuantileSketch:
         self._cells, self._counts = cells, counts
 
     def boundaries(self, num_buckets: int) -> Float64s:
-        """The distinct numbers :math:`\\min\\{v : F(v) \\ge i / num\\_buckets\\}`, :math:`0 < i < num\\_buckets`, below the maximum.
+        r"""The distinct numbers :math:`\min\{v : F(v) \ge i / n\}` for :math:`0 < i < n`, less the maximum.
 
-        :math:`F` is the weighted distribution function. A boundary at the maximum would bound a bucket that no training row
-        falls into, and is left out. Of a cell, the largest number stands for all.
+        :math:`F` is the weighted distribution function and :math:`n` the number of buckets. A boundary at the maximum
+        would bound a bucket that no training row falls into. Of a cell, the largest number stands for all.
 
         Returns:
             float64, at most ``num_buckets - 1``, increasing; none if nothing was added.
@@ -163,13 +167,14 @@ def _unordered(ordered: Int64s) -> Float64s:
 
 
 class Moments:
-    """Weighted mean and standard deviation (of the population) of vectors, in float64, without cancellation.
+    r"""Weighted mean and standard deviation (of the population) of vectors, in float64, without cancellation.
 
     Each chunk is centred on its own mean; chunks are joined by
 
-    .. math:: M = M_a + M_b + \\delta^2 \\frac{W_a W_b}{W_a + W_b}, \\qquad \\delta = \\mu_b - \\mu_a
+    .. math:: M = M_a + M_b + \delta^2 \frac{W_a W_b}{W_a + W_b}, \qquad \delta = \mu_b - \mu_a
 
-    Source: Chan, Golub, LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances", COMPSTAT 1982.
+    Source: Chan, Golub, LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances", COMPSTAT
+    1982.
 
     Args:
         dim: components; each has moments of its own, over the rows where it is not missing.
@@ -205,11 +210,12 @@ class Moments:
             self._lowest[component] = min(self._lowest[component], numbers.min())
             self._highest[component] = max(self._highest[component], numbers.max())
 
-    def result(self) -> tuple[Float64s, Float64s]:
-        """Mean (dim,) and standard deviation (dim,); a component that is constant or never seen has standard deviation 1.
+    @property
+    def state(self) -> dict[str, Any]:
+        """``mean`` (dim,) and ``std`` (dim,); the latter is 1 for a component that is constant or was never seen.
 
-        Both are rounded to 2^-30 of the standard deviation, far below the float32 that comes out of the transform. The order
-        in which chunks were added changes only digits below that, so it does not show.
+        Both are rounded to 2^-30 of the standard deviation, far below the float32 that comes out of the transform. The
+        order in which chunks were added changes only digits below that, so it does not show.
         """
         mean, std = np.zeros(len(self._mean)), np.ones(len(self._mean))
         for component in range(len(mean)):
@@ -222,7 +228,7 @@ class Moments:
             step = 2.0 ** (np.floor(np.log2(deviation)) - _STATISTIC_BITS)
             mean[component] = np.round(self._mean[component] / step) * step
             std[component] = np.round(deviation / step) * step
-        return mean, std
+        return {"mean": mean.tolist(), "std": std.tolist()}
 
 
 class EncoderFitter:
@@ -247,13 +253,14 @@ class EncoderFitter:
         self._vocabularies = {t: DistinctCounts() for t, spec in self._specs.items() if isinstance(spec, Vocabulary)}
         self._sketches = {t: QuantileSketch() for t, spec in self._specs.items() if isinstance(spec, QuantileBuckets)}
         self._moments = {
-            f.name: Moments(f.dim) for f in schema.all_features if f.kind == "dense" and isinstance(f.transform, Standardise)
+            f.name: Moments(f.dim)
+            for f in schema.all_features
+            if f.kind == "dense" and isinstance(f.transform, Standardise)
         }
-        self._key_types: dict[str, tuple[str, str]] = {}
+        self._vocabulary_types: dict[str, tuple[str, str]] = {}
+        self._hash_types: dict[str, tuple[str, str]] = {}
 
-    def update(
-        self, feature: str, column: Column, weights: npt.ArrayLike | None = None
-    ) -> None:
+    def update(self, feature: str, column: Column, weights: npt.ArrayLike | None = None) -> None:
         """Shows the fitter some raw values of a feature.
 
         Args:
@@ -263,8 +270,8 @@ class EncoderFitter:
                 counts the sum of the weights of its rows; rows of weight 0 are not seen. One each if not given.
 
         Raises:
-            EncodingError: the column is not of a type that the feature can have, or features that share a vocabulary have
-                integers here and text there.
+            EncodingError: the column is not of a type that the feature can have, or features that share a vocabulary
+                have integers here and text there.
             SchemaError: there is no such feature.
         """
         spec = self._schema.feature(feature)
@@ -298,41 +305,47 @@ class EncoderFitter:
             keys = as_keys(column, where=where)
             if isinstance(keys, NoKeys):
                 return
-            owner = spec.name if isinstance(encoder, Hash) else f"table {table}"
-            self._note_type(owner, "integer" if isinstance(keys, IntKeys) else "text", where)
+            key_type = "integer" if isinstance(keys, IntKeys) else "text"
             if isinstance(encoder, Vocabulary):
+                _hold_to_first(self._vocabulary_types, table, key_type, where)
                 self._vocabularies[table].add(*_counted(keys, counts))
-
-    def _note_type(self, owner: str, key_type: str, where: str) -> None:
-        known, first = self._key_types.setdefault(owner, (key_type, where))
-        if known != key_type:
-            raise EncodingError(
-                f"{where} must hold {'integers' if known == 'integer' else 'text'}, as {first} does before it, got the other",
-                hint="cast one of the columns, or give the feature a table of its own",
-            )
+            else:
+                _hold_to_first(self._hash_types, spec.name, key_type, where)
 
     def finish(self) -> Encoder:
         """The encoder fitted on everything shown so far; the fitter may go on.
 
-        Values of a vocabulary are ordered by count, highest first, and equal counts by value (numbers by size, text by its
-        UTF-8 bytes). Those below ``min_count``, then those past ``max_size``, are left out.
+        Values of a vocabulary are ordered by count, highest first, and equal counts by value (numbers by size, text by
+        its UTF-8 bytes). Those below ``min_count``, then those past ``max_size``, are left out.
         """
         tables: dict[str, TableEncoder] = {}
         for name, spec in self._specs.items():
             if isinstance(spec, Vocabulary):
                 tables[name] = vocabulary_table(_frequent(*self._vocabularies[name].result(), spec))
             elif isinstance(spec, QuantileBuckets):
-                tables[name] = table_encoder(spec, {"boundaries": self._sketches[name].boundaries(spec.num_buckets).tolist()})
+                tables[name] = table_encoder(
+                    spec, {"boundaries": self._sketches[name].boundaries(spec.num_buckets).tolist()}
+                )
             else:
                 tables[name] = table_encoder(spec, {})
         transforms = {}
         for feature in self._schema.all_features:
-            if feature.kind == "dense":
-                moments = self._moments.get(feature.name)
-                mean, std = (np.zeros(feature.dim), np.ones(feature.dim)) if moments is None else moments.result()
-                transforms[feature.name] = DenseTransform(feature.transform, mean, std)
-        hash_key_types = {owner: key_type for owner, (key_type, _) in self._key_types.items() if not owner.startswith("table ")}
+            if isinstance(feature, Dense):
+                state = self._moments[feature.name].state if feature.name in self._moments else {}
+                transforms[feature.name] = dense_transform(feature, state)
+        hash_key_types = {feature: key_type for feature, (key_type, _) in self._hash_types.items()}
         return Encoder(self._schema, tables=tables, transforms=transforms, hash_key_types=hash_key_types)
+
+
+def _hold_to_first(seen: dict[str, tuple[str, str]], owner: str, key_type: str, where: str) -> None:
+    """Notes the type of the values of a table or feature, and who brought it; refuses another type."""
+    known, first = seen.setdefault(owner, (key_type, where))
+    if known != key_type:
+        words = {"integer": "integers", "text": "text"}
+        raise EncodingError(
+            f"{where} must hold {words[known]}, as the earlier values of {first}, got {words[key_type]}",
+            hint="cast one of the columns, or give the feature a table of its own",
+        )
 
 
 def _checked(weights: npt.ArrayLike, num_rows: int, where: str) -> Int64s:
@@ -384,6 +397,6 @@ def _frequent(keys: Array | None, counts: Int64s, spec: Vocabulary) -> Array:
     if keys is None:
         return pa.nulls(0)
     kept = counts >= spec.min_count
-    table = pa.table({"key": keys.filter(pa.array(kept)), "count": counts[kept]})
+    table = pa.table({"key": keys.filter(pa.array(kept)), "count": pa.array(counts[kept])})
     order = pc.sort_indices(table, sort_keys=[("count", "descending"), ("key", "ascending")])
     return table["key"].combine_chunks().take(order[: spec.max_size])

@@ -1,18 +1,19 @@
-"""The hash of a raw value: fixed for ever, because trained tables depend on it.
+r"""The hash of a raw value: fixed for ever, because trained tables depend on it.
 
 All arithmetic is modulo :math:`2^{64}`; ``>>`` shifts in zeros:
 
 .. math::
 
-    \\mathrm{mix}(z)&:\\quad z \\leftarrow (z \\oplus (z \\gg 30)) \\cdot \\mathtt{BF58476D1CE4E5B9};\\quad
-    z \\leftarrow (z \\oplus (z \\gg 27)) \\cdot \\mathtt{94D049BB133111EB};\\quad z \\oplus (z \\gg 31) \\\\
-    \\mathrm{splitmix64}(x) &= \\mathrm{mix}(x + \\mathtt{9E3779B97F4A7C15}) \\\\
-    \\mathrm{fnv1a}(b_1 \\dots b_n) &:\\quad h \\leftarrow \\mathtt{CBF29CE484222325};\\quad
-    h \\leftarrow (h \\oplus b_i) \\cdot \\mathtt{100000001B3} \\text{ for each byte}
+    \mathrm{mix}(z)&:\quad z \leftarrow (z \oplus (z \gg 30)) \cdot \mathtt{BF58476D1CE4E5B9};\quad
+    z \leftarrow (z \oplus (z \gg 27)) \cdot \mathtt{94D049BB133111EB};\quad z \oplus (z \gg 31) \\
+    \mathrm{splitmix64}(x) &= \mathrm{mix}(x + \mathtt{9E3779B97F4A7C15}) \\
+    \mathrm{fnv1a}(b_1 \dots b_n) &:\quad h \leftarrow \mathtt{CBF29CE484222325};\quad
+    h \leftarrow (h \oplus b_i) \cdot \mathtt{100000001B3} \text{ for each byte}
 
-An integer :math:`v` (two's complement) hashes to ``splitmix64(v ^ mix(seed))``, text to ``mix(fnv1a(utf8) ^ mix(seed))``. With
-seed 0, ``mix(seed)`` is 0, and the hash of an integer is the first output of the SplitMix64 generator in that state. Both maps
-are bijections of their 64-bit input, so two different integers never have the same hash; two texts may.
+An integer :math:`v` (two's complement) hashes to ``splitmix64(v ^ mix(seed))``, text to ``mix(fnv1a(utf8) ^
+mix(seed))``. With seed 0, ``mix(seed)`` is 0, and the hash of an integer is the first output of the SplitMix64
+generator in that state. ``mix`` and ``splitmix64`` are bijections, so two different integers never have the same hash;
+two texts may.
 
 Source: Steele, Lea, Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014 (mix: variant 13 of Stafford);
 Fowler, Noll, Vo, "The FNV non-cryptographic hash algorithm", FNV-1a, 64 bits.
@@ -22,7 +23,6 @@ from __future__ import annotations
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
 
 from recsys.encoding.columns import Array, Column, Int64s, IntKeys, TextKeys, as_keys, text_bytes
 
@@ -174,7 +174,7 @@ def hash_keys(column: Column, *, seed: int = 0) -> UInt64s:
         EncodingError: the column holds something else.
 
     Example:
-        >>> [hex(h) for h in hash_keys(pa.array([0, None]))]
+        >>> [hex(int(h)) for h in hash_keys(pa.array([0, None]))]
         ['0xe220a8397b1dcdaf', '0x0']
     """
     keys = as_keys(column, where="keys")

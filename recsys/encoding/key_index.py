@@ -22,9 +22,9 @@ _COMPACT = 4
 class KeyIndex:
     """Place of a raw key in a list of keys.
 
-    Integers that lie close together are addressed directly; other keys are found by their hash in a table of buckets that
-    holds half a key on average. Either way a look-up takes constant time, and a call does no work that grows with the
-    list. Not changed after construction, so threads may share it.
+    Integers that lie close together are addressed directly; other keys are found by their hash in a table of buckets
+    that hold half a key on average or less. Either way a look-up takes constant time, and a call does no work that
+    grows with the list. Not changed after construction, so threads may share it.
 
     Args:
         keys: integers or text; nulls keep their place and are never found.
@@ -39,10 +39,11 @@ class KeyIndex:
 
     def __init__(self, keys: Array) -> None:
         parsed = as_keys(keys, where="keys")
+        self._keys: Array
         self.key_type: str | None = None
         """``"integer"``, ``"text"``, or ``None`` if every key is null."""
         self._num_keys = len(keys)
-        self._texts: Array | None = None
+        self._texts: Array = None  # the keys, if they are text
         self._direct: npt.NDArray[np.integer] | None = None
         self._lowest = 0
         if isinstance(parsed, NoKeys):
@@ -61,7 +62,7 @@ class KeyIndex:
             if parsed.codes is not None:
                 texts = texts.take(pa.array(parsed.codes, mask=parsed.codes < 0))
             self._keys = self._texts = texts
-            places = np.flatnonzero(np.asarray(self._texts.is_valid()))
+            places = np.flatnonzero(np.asarray(self._keys.is_valid()))
             if pc.count_distinct(self._texts).as_py() < len(places):
                 _repeated()
             self._build(hash_texts(self._texts)[places], places)
@@ -84,8 +85,8 @@ class KeyIndex:
     def _build(self, hashes: npt.NDArray[np.uint64], places: Int64s) -> None:
         order = np.argsort(hashes)
         place_type = _place_type(self._num_keys)
-        # One slot more than there are keys: the last bucket may be empty and then begins there. Its place is -1, absent,
-        # and also what slot -1 refers to.
+        # One slot more than there are keys: the last buckets may be empty, and then begin there. Its place is -1,
+        # absent, and slot -1 refers to it as well.
         self._num_slots = len(hashes)
         self._hashes = np.append(hashes[order], np.uint64(0))
         self._places = np.append(places[order], -1).astype(place_type)
@@ -159,7 +160,6 @@ class KeyIndex:
         slots = np.empty(len(texts), np.int64)
         for begin in range(0, len(texts), _BLOCK):
             slots[begin : begin + _BLOCK] = self._slots_of_hashes(hashes[begin : begin + _BLOCK])
-        assert self._texts is not None
         found = np.full(len(texts), -1, np.int64)
         rows = np.flatnonzero(slots >= 0)
         while len(rows):  # a second round only where two texts have the same hash
@@ -210,7 +210,6 @@ class KeyIndex:
     def _place_of_text(self, text: str) -> int:
         hashed = hash_text(text)
         bucket = hashed >> self._shift
-        assert self._texts is not None
         for slot in range(int(self._starts[bucket]), int(self._starts[bucket + 1])):
             place = int(self._places[slot])
             if int(self._hashes[slot]) == hashed and self._texts[place].as_py() == text:

@@ -8,7 +8,6 @@ from __future__ import annotations
 from typing import Any, Protocol
 
 import numpy as np
-import pyarrow as pa
 
 from recsys.encoding.columns import Column, Float64s, Int64s, IntKeys, NoKeys, as_keys, as_numbers, as_times, valid_mask
 from recsys.encoding.hashing import UInt64s, hash_integers, hash_texts
@@ -98,8 +97,9 @@ class HashTable:
                 ids[~keys.valid] = UNKNOWN_ID
             return ids
         ids = self._ids(hash_texts(keys.values, seed=self._seed))
-        if keys.values.null_count:
-            ids[~valid_mask(keys.values)] = UNKNOWN_ID
+        valid = valid_mask(keys.values)
+        if valid is not None:
+            ids[~valid] = UNKNOWN_ID
         return ids if keys.codes is None else np.append(ids, UNKNOWN_ID)[keys.codes]
 
     def _ids(self, hashed: UInt64s) -> Int64s:
@@ -110,7 +110,7 @@ class HashTable:
 
 
 class QuantileTable:
-    """Ids by bucket between boundaries :math:`b_1 < \\dots < b_k`: :math:`2 + |\\{i : b_i < x\\}|`.
+    r"""Ids by bucket between boundaries :math:`b_1 < \dots < b_k`: :math:`2 + |\{i : b_i < x\}|`.
 
     A number equal to a boundary belongs to the bucket below it. Infinities fall into the outer buckets.
 
@@ -138,9 +138,9 @@ class QuantileTable:
 
 
 class LogTable:
-    """Ids by order of magnitude: :math:`2 + \\min(\\lfloor \\log_{base}(1 + \\max(x, 0)) \\rfloor,\\ num\\_buckets - 1)`.
+    r"""Ids by order of magnitude: :math:`2 + \min(\lfloor \log_{base}(1 + \max(x, 0)) \rfloor,\ num\_buckets - 1)`.
 
-    Computed as the number of :math:`base^k \\le 1 + x` with :math:`1 \\le k < num\\_buckets`, which is the same and has no
+    Computed as the number of :math:`base^k \le 1 + x` with :math:`1 \le k < num\_buckets`, which is the same and has no
     rounding at powers of the base.
 
     Args:
