@@ -290,7 +290,8 @@ def concatenate(parts: list[Events]) -> Events:
 
 def in_order(events: Events) -> Events:
     """By time, then user, item and type: a total order, so equal sets of events give equal bytes."""
-    return Events(*(column[np.lexsort((events.types, events.items, events.users, events.times))] for column in events))
+    order = np.lexsort((events.types, events.items, events.users, events.times))
+    return Events(*(column[order] for column in events))
 
 
 def _repeats(keys: Ints) -> Ints:
