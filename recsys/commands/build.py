@@ -1,0 +1,45 @@
+"""``recsys build``: views to a training set."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from recsys.commands.options import Json, Overrides
+
+
+def build(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="Experiment file.")],
+    overrides: Overrides = [],  # noqa: B006 - Typer copies it
+    force: Annotated[bool, typer.Option("--force", help="Build even if an equal training set is there.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Build the training set of an experiment: encode, join in time, split, check.
+
+    \b
+    Example:
+        recsys build configs/experiment/din_kuairand.yaml
+        recsys build configs/experiment/din_simulated.yaml --set data.views=data/simulated
+    """  # noqa: D301
+    from feature_store.build import build_training_set
+    from recsys.commands.terminal import print_facts, print_json
+    from training.experiment import load_experiment
+
+    experiment, schema = load_experiment(config, overrides)
+    summary = build_training_set(schema, experiment.data, progress=True, force=force)
+    if as_json:
+        print_json(summary.to_dict())
+        return
+    state = "up to date" if summary.skipped else f"built in {summary.seconds:.1f} s"
+    facts: dict[str, Any] = {f"{split} impressions": rows for split, rows in summary.rows.items()}
+    facts |= {"outside all splits": summary.outside_split, "users": summary.users, "items": summary.items}
+    facts |= {f"{history} events": events for history, events in summary.events.items()}
+    facts |= {
+        f"quarantined: {view}, {reason}": rows
+        for view, reasons in summary.quarantined.items()
+        for reason, rows in reasons.items()
+    }
+    facts |= {f"table {table} rows": rows for table, rows in summary.table_sizes.items()}
+    print_facts(f"{experiment.data.training_set} ({state})", facts | {"size": f"{summary.bytes / 2**20:,.1f} MiB"})

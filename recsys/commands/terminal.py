@@ -1,0 +1,158 @@
+"""What the commands print: results on stdout, everything else on stderr.
+
+A script reads stdout and gets JSON (``--json``) or the result and nothing else; progress and messages are for people.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+Progress = Callable[[int, int], None]
+"""Called with the work done and the whole work."""
+
+
+@cache
+def results() -> Console:
+    """The console of results: stdout."""
+    from rich.console import Console
+
+    return Console(highlight=False)
+
+
+@cache
+def messages() -> Console:
+    """The console of progress and messages: stderr."""
+    from rich.console import Console
+
+    return Console(stderr=True, highlight=False)
+
+
+def print_json(value: Any) -> None:
+    """Writes one JSON document to stdout; what JSON cannot say (NaN, infinity) becomes null."""
+    sys.stdout.write(json.dumps(_json_value(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    sys.stdout.flush()
+
+
+def _json_value(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(k): _json_value(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_json_value(v) for v in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, (str, int, bool)) or value is None:
+        return value
+    if hasattr(value, "item"):  # a numpy or torch scalar
+        return _json_value(value.item())
+    return str(value)
+
+
+def print_facts(title: str, facts: Mapping[str, Any]) -> None:
+    """Prints names and values in two columns."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(
+        title=Text(title), title_justify="left", title_style="bold", show_header=False, box=None, pad_edge=False
+    )
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in facts.items():
+        table.add_row(Text(name), Text(_shown(value)))
+    results().print(table)
+
+
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    """Prints a table; its first column is text, the others are numbers."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=Text(title), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    for place, column in enumerate(columns):
+        table.add_column(column, justify="right" if place else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(*(Text(_shown(cell)) for cell in row))
+    results().print(table)
+
+
+METRIC_COLUMNS = ("auc", "gauc", "logloss", "ne", "ece", "num_rows")
+
+
+def print_metrics(title: str, metrics: Mapping[str, Mapping[str, Any]]) -> None:
+    """Prints metrics, a row a scorer, split or task; what is undefined (None) is a dash."""
+    heads = ("", "AUC", "GAUC", "logloss", "NE", "ECE", "rows")
+    rows = [[name, *(values[column] for column in METRIC_COLUMNS)] for name, values in metrics.items()]
+    print_table(title, heads, rows)
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return "\u2013"
+    if isinstance(value, float):
+        return f"{value:.4f}" if math.isfinite(value) else "\u2013"
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
+    return str(value)
+
+
+@contextmanager
+def stage(name: str, *, spinner: bool = True) -> Iterator[Callable[[str], None]]:
+    """Shows that a stage runs, then a tick with its seconds (or a cross), on stderr.
+
+    Args:
+        spinner: False for a stage that shows its own progress: a terminal holds one moving thing at a time.
+
+    Yields:
+        A function that sets the words after the name, such as how far it is or what came out.
+    """
+    from rich.markup import escape
+
+    console = messages()
+    begin = time.perf_counter()
+    status = console.status(escape(name), spinner="dots") if spinner else None
+    detail = ""
+
+    def tell(text: str) -> None:
+        nonlocal detail
+        detail = text
+        if status is not None:
+            status.update(f"{escape(name)} [dim]{escape(text)}[/dim]")
+
+    def close(mark: str, words: str) -> None:
+        seconds = time.perf_counter() - begin
+        line = f"{mark} [dim]{seconds:6.1f} s[/dim]  {escape(name)}  [dim]{escape(words)}[/dim]"
+        console.print(line, soft_wrap=True)
+
+    try:
+        with status or nullcontext():
+            yield tell
+    except BaseException:
+        close("[red]\u2717[/red]", "")
+        raise
+    close("[green]\u2713[/green]", detail)
+
+
+def counting(tell: Callable[[str], None], unit: str) -> Progress:
+    """A progress callback that puts ``done of total unit`` behind a stage's name."""
+
+    def progress(done: int, total: int) -> None:
+        tell(f"{done:,} of {total:,} {unit}")
+
+    return progress
+
+
+def size_of(path: Path) -> int:
+    """Bytes of a file, or of all files below a folder."""
+    return path.stat().st_size if path.is_file() else sum(p.stat().st_size for p in path.rglob("*") if p.is_file())

@@ -1,0 +1,173 @@
+"""The command line: instant help, clean errors, exit statuses, stdout for results only."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import subprocess
+import sys
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from recsys import __version__
+from recsys.cli import AFTER_INTERRUPT, app
+from recsys.errors import DataError
+
+COMMANDS = ("simulate", "data", "build", "train", "evaluate", "export", "score", "serve", "demo", "bench")
+HEAVY = {"torch", "torchrec", "polars", "mlflow", "ray", "numpy", "pyarrow", "pandas", "pydantic", "yaml", "uvicorn"}
+
+
+@pytest.fixture
+def run() -> Callable[..., Any]:
+    runner = CliRunner(env={"RECSYS_DEBUG": None, "COLUMNS": "200", "TERM": "dumb"})
+    return lambda *arguments: runner.invoke(app, list(arguments))
+
+
+@pytest.fixture
+def benchmark(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], Any]], None]:
+    """Puts a benchmark of one's own where ``recsys bench score`` looks for it: a command whose work a test decides."""
+
+    def put(work: Callable[[], Any]) -> None:
+        package, module = ModuleType("benchmarks"), ModuleType("benchmarks.score")
+        package.__path__ = []  # type: ignore[attr-defined]
+        module.run = work  # type: ignore[attr-defined]
+        monkeypatch.setitem(sys.modules, "benchmarks", package)
+        monkeypatch.setitem(sys.modules, "benchmarks.score", module)
+
+    return put
+
+
+def fail(error: BaseException) -> Callable[[], Any]:
+    def work() -> Any:
+        raise error
+
+    return work
+
+
+@pytest.mark.parametrize("command", ["", *COMMANDS])
+def test_help_comes_at_once_and_shows_an_example(command: str) -> None:
+    arguments = [command, "--help"] if command else ["--help"]
+    code = (
+        "import sys; from recsys.cli import main\n"
+        f"sys.argv = ['recsys', *{arguments!r}]\n"
+        "try:\n    main()\n"
+        "finally:\n    print('\\n@', *sorted({m.partition('.')[0] for m in sys.modules}))"
+    )
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    shown, _, modules = done.stdout.rpartition("@")
+    assert not HEAVY & set(modules.split())
+    assert f"recsys {command}" in shown
+    assert "Example:" in shown or not command
+    # Time on the processor, not on the wall: other work on the machine must not fail the test.
+    seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    assert seconds < 0.5
+
+
+def test_help_lists_every_command(run: Callable[..., Any]) -> None:
+    shown = run("--help").stdout
+    assert all(f" {command} " in shown for command in COMMANDS)
+
+
+def test_every_advice_is_for_a_command() -> None:
+    assert set(AFTER_INTERRUPT) <= set(COMMANDS)
+
+
+def test_version(run: Callable[..., Any]) -> None:
+    done = run("--version")
+    assert (done.exit_code, done.stdout) == (0, f"recsys {__version__}\n")
+
+
+def test_an_unknown_option_is_a_usage_error(run: Callable[..., Any]) -> None:
+    done = run("train", "x.yaml", "--epochz", "3")
+    assert done.exit_code == 2
+    assert "--epochz" in done.stderr
+
+
+def test_an_error_of_ours_is_a_message_and_a_hint(run: Callable[..., Any], benchmark: Any) -> None:
+    benchmark(fail(DataError("column 'clicks' must hold 0 or 1, got [2]", hint="give at_least")))
+    done = run("bench", "score")
+    assert done.exit_code == 2
+    assert "Error: column 'clicks' must hold 0 or 1, got [2]\n\nHint: give at_least\n" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+
+
+@pytest.mark.parametrize("by", ["option", "environment"])
+def test_debug_shows_where_an_error_was_raised(
+    run: Callable[..., Any], benchmark: Any, monkeypatch: pytest.MonkeyPatch, by: str
+) -> None:
+    error = DataError("no")
+    benchmark(fail(error))
+    if by == "option":
+        done = run("--debug", "bench", "score")
+    else:
+        done = CliRunner(env={"RECSYS_DEBUG": "1"}).invoke(app, ["bench", "score"])
+    assert done.exception is error
+
+
+def test_a_defect_shows_its_traceback_and_status_1(run: Callable[..., Any], benchmark: Any) -> None:
+    benchmark(fail(ZeroDivisionError("oops")))
+    done = run("bench", "score")
+    assert done.exit_code == 1
+    assert "Traceback" in done.stderr
+    assert "ZeroDivisionError: oops" in done.stderr
+    assert "Unexpected ZeroDivisionError" in done.stderr
+    assert done.stdout == ""
+
+
+def test_an_interrupt_is_status_130(run: Callable[..., Any], benchmark: Any) -> None:
+    benchmark(fail(KeyboardInterrupt()))
+    done = run("bench", "score")
+    assert done.exit_code == 130
+    assert "Interrupted." in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_an_interrupted_stage_says_how_to_go_on(run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    class Interrupted(ModuleType):
+        def __getattr__(self, name: str) -> Any:
+            raise KeyboardInterrupt
+
+    monkeypatch.setitem(sys.modules, "feature_store.datasets", Interrupted("feature_store.datasets"))
+    done = run("data", "list")
+    assert done.exit_code == 130
+    assert AFTER_INTERRUPT["data"] in done.stderr
+
+
+def test_json_is_all_of_stdout(run: Callable[..., Any], benchmark: Any) -> None:
+    benchmark(lambda: {"p50_ms": 1.5, "undefined": float("nan"), "versions": {"torch": "2.13"}})
+    done = run("bench", "score", "--json")
+    assert done.exit_code == 0
+    assert json.loads(done.stdout) == {"p50_ms": 1.5, "undefined": None, "versions": {"torch": "2.13"}}
+    assert "benchmark score" in done.stderr
+
+
+def test_benchmarks_need_a_checkout(run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "benchmarks", None)
+    monkeypatch.delitem(sys.modules, "benchmarks.score", raising=False)
+    done = run("bench", "score")
+    assert done.exit_code == 2
+    assert "checkout" in done.stderr
+
+
+def test_a_closed_pipe_is_no_traceback() -> None:
+    """``recsys data list | head -0``: the reader is gone before the first word."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as pipe:
+        done = subprocess.run(
+            [sys.executable, "-m", "recsys.cli", "data", "list"],
+            stdout=pipe,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
