@@ -11,7 +11,7 @@ import polars as pl
 import pyarrow as pa
 
 from feature_store.sources import Source, Use, to_arrow
-from recsys.encoding.key_index import KeyIndex
+from recsys.encoding import KeyIndex
 
 
 @dataclass(frozen=True)
@@ -38,27 +38,25 @@ class Entities:
         cls,
         source: Source | None,
         key_column: str,
-        view_keys: pl.Series | None,
-        view_rows: np.ndarray,
-        logs: Sequence[pl.Series],
+        in_view: tuple[pl.Series, np.ndarray] | None,
+        in_logs: Sequence[pl.Series],
     ) -> Self:
         """Joins the keys of the view and of the logs.
 
         Args:
             source: the view, if any.
             key_column: column of the key in the view, or in the impressions where there is no view.
-            view_keys: unique valid keys of the view.
-            view_rows: ``(len(view_keys),)`` int64, their rows in the view.
-            logs: valid keys of impressions and events, repeated as they come.
+            in_view: the view's keys, each once, and their rows.
+            in_logs: keys of impressions and of events, repeated as they come.
         """
-        parts = [series.unique().rename("key") for series in logs]
-        if view_keys is not None:
-            parts.append(view_keys.rename("key"))
+        parts = [series.unique().rename("key") for series in in_logs]
+        if in_view is not None:
+            parts.append(in_view[0].rename("key"))
         keys = pl.concat(parts).unique().sort()
         index = KeyIndex(to_arrow(keys))
         view_row = np.full(len(keys), -1, dtype=np.int64)
-        if view_keys is not None:
-            view_row[index.positions(to_arrow(view_keys))] = view_rows
+        if in_view is not None:
+            view_row[index.positions(to_arrow(in_view[0]))] = in_view[1]
         return cls(index, source, key_column, view_row)
 
     @property

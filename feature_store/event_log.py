@@ -47,6 +47,17 @@ class EventLog:
         np.cumsum(np.bincount(user_row, minlength=num_users), out=offsets[1:])
         return cls(source_row[order], item_row[order], time[order], offsets)
 
+    def filtered(self, is_kept: np.ndarray) -> Self:
+        """The log of some of the events.
+
+        Args:
+            is_kept: ``(E,)`` bool, in the order of the log.
+        """
+        kept_before = np.zeros(self.num_events + 1, dtype=np.int64)
+        np.cumsum(is_kept, out=kept_before[1:])
+        offsets = kept_before[self.user_offsets]
+        return type(self)(self.source_row[is_kept], self.item_row[is_kept], self.time[is_kept], offsets)
+
     @property
     def num_events(self) -> int:
         """E."""
@@ -84,9 +95,11 @@ def stable_order(*keys: np.ndarray) -> np.ndarray:
     for span in spans:
         capacity *= span
     if capacity > 2**63 - 1:
-        return np.lexsort(keys[::-1])
+        order: np.ndarray = np.lexsort(keys[::-1])
+        return order
     packed = np.zeros(len(keys[0]), dtype=np.int64)
     for key, low, span in zip(keys, lowest, spans, strict=True):
         packed *= span
         packed += key - low
-    return np.argsort(packed, kind="stable")
+    order = np.argsort(packed, kind="stable")
+    return order

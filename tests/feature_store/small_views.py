@@ -40,7 +40,12 @@ def schema_mapping(**changes: Any) -> dict[str, Any]:
                 "column": "time",
                 "encoder": {"kind": "hour_of_day"},
             },
-            {"name": "position", "kind": "categorical", "scope": "candidate", "encoder": {"kind": "hash", "num_buckets": 50}},
+            {
+                "name": "position",
+                "kind": "categorical",
+                "scope": "candidate",
+                "encoder": {"kind": "hash", "num_buckets": 50},
+            },
             {"name": "price", "kind": "dense", "scope": "candidate", "transform": {"kind": "keep"}},
         ],
         "histories": [
@@ -95,7 +100,9 @@ def make_views(
             "dwell": np.arange(num_events, dtype=np.float64),
         }
     )
-    users = pl.DataFrame({"user": rng.permutation(num_users), "age": rng.integers(15, 80, num_users).astype(np.float64)})
+    users = pl.DataFrame(
+        {"user": rng.permutation(num_users), "age": rng.integers(15, 80, num_users).astype(np.float64)}
+    )
     items = pl.DataFrame(
         {
             "item": 100 + rng.permutation(num_items),

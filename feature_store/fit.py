@@ -1,0 +1,52 @@
+"""Fits the encoder on what the training period holds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from feature_store.joined import Joined
+from recsys.encoding import Encoder, EncoderFitter
+
+
+def fit_encoder(joined: Joined, train: slice, *, train_end: int, stage: Callable[[str], None]) -> Encoder:
+    """Fits every feature on its occurrences in training.
+
+    A value counts once for each impression that it is part of, be it through the user, the item or the request. The
+    value of an event, and of its item where a history reads it, also counts once for each event before the period's
+    end.
+
+    Args:
+        joined: the data.
+        train: requests of the training split.
+        train_end: UTC microseconds; events before it count.
+        stage: called with the name of each stage as it begins.
+    """
+    fitter = EncoderFitter(joined.schema)
+    rows = joined.rows_of(train)
+    rows_of_request = joined.requests.row_counts[train]
+    shown_to = np.bincount(np.repeat(joined.user_row[train], rows_of_request), minlength=joined.users.num_rows)
+    shown = np.bincount(joined.item_row[rows], minlength=joined.items.num_rows)
+    is_past = {name: log.time < train_end for name, log in joined.logs.items()}
+    for feature in joined.schema.features:
+        stage(f"Fitting {feature.name}")
+        if feature.scope == "user":
+            fitter.update(feature.name, joined.entity_column(feature), shown_to)
+        elif feature.scope == "item":
+            weights = shown.copy()
+            for history in joined.schema.histories:
+                if feature.name in history.attributes:
+                    events = joined.logs[history.name].item_row[is_past[history.name]]
+                    weights += np.bincount(events, minlength=joined.items.num_rows)
+            fitter.update(feature.name, joined.entity_column(feature), weights)
+        elif feature.scope == "context":
+            fitter.update(feature.name, joined.context_column(feature, train), rows_of_request)
+        else:
+            fitter.update(feature.name, joined.candidate_column(feature, rows))
+    for history in joined.schema.histories:
+        for feature in history.event_features:
+            stage(f"Fitting {feature.name}")
+            weights = is_past[history.name].astype(np.int64)
+            fitter.update(feature.name, joined.event_column(feature, history.name), weights)
+    return fitter.finish()

@@ -1,0 +1,108 @@
+"""Encodes joined data column by column and writes the tables of a training set."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import pyarrow as pa
+
+from feature_store.joined import Joined
+from feature_store.point_in_time import history_slices
+from recsys.encoding import EncodedColumn, Encoder, Ragged
+from recsys.schema import Dense, Feature
+from recsys.training_set import (
+    ITEM_ROW,
+    ROW_START,
+    SOURCE_ROW,
+    TIME,
+    USER_ROW,
+    end_column,
+    label_column,
+    start_column,
+    write_table,
+)
+
+
+def write_tables(
+    folder: Path, joined: Joined, encoder: Encoder, splits: Mapping[str, slice], *, stage: Callable[[str], None]
+) -> None:
+    """Writes every table of a training set.
+
+    Args:
+        folder: of the training set.
+        joined: the data.
+        encoder: fitted on it.
+        splits: requests of each split.
+        stage: called with the name of each stage as it begins.
+    """
+    stage("Writing users")
+    _write_users(folder / "users.arrow", joined, encoder)
+    stage("Writing items")
+    _write_items(folder / "items.arrow", joined, encoder)
+    for history in joined.schema.histories:
+        stage(f"Writing events of {history.name}")
+        _write_events(folder / "events" / f"{history.name}.arrow", joined, encoder, history.name)
+    for name, requests in splits.items():
+        stage(f"Writing {name}")
+        _write_impressions(folder / name / "impressions.arrow", joined, encoder, joined.rows_of(requests))
+        _write_requests(folder / name / "requests.arrow", joined, encoder, requests)
+
+
+def _write_users(path: Path, joined: Joined, encoder: Encoder) -> None:
+    """Beside its features, a user has the slice of each event log that is theirs: what serving reads histories from."""
+    columns: dict[str, EncodedColumn] = {}
+    for name, log in joined.logs.items():
+        columns[start_column(name)] = log.user_offsets[:-1]
+        columns[end_column(name)] = log.user_offsets[1:]
+    for feature in joined.schema.features_of("user"):
+        columns[feature.name] = _encoded(encoder, feature, joined.entity_column(feature))
+    write_table(path, columns, keys=joined.users.table_keys)
+
+
+def _write_items(path: Path, joined: Joined, encoder: Encoder) -> None:
+    columns = {
+        feature.name: _encoded(encoder, feature, joined.entity_column(feature))
+        for feature in joined.schema.features_of("item")
+    }
+    write_table(path, columns, keys=joined.items.table_keys)
+
+
+def _write_events(path: Path, joined: Joined, encoder: Encoder, history: str) -> None:
+    log = joined.logs[history]
+    columns: dict[str, EncodedColumn] = {ITEM_ROW: log.item_row, TIME: log.time}
+    for feature in joined.schema.history(history).event_features:
+        columns[feature.name] = _encoded(encoder, feature, joined.event_column(feature, history))
+    write_table(path, columns)
+
+
+def _write_impressions(path: Path, joined: Joined, encoder: Encoder, rows: slice) -> None:
+    source_row = joined.source_row[rows]
+    columns: dict[str, EncodedColumn] = {ITEM_ROW: joined.item_row[rows], SOURCE_ROW: source_row}
+    for task in joined.schema.tasks:
+        columns[label_column(task.name)] = joined.views.labels(task)[source_row]
+    for feature in joined.schema.features_of("candidate"):
+        columns[feature.name] = _encoded(encoder, feature, joined.candidate_column(feature, rows))
+    write_table(path, columns)
+
+
+def _write_requests(path: Path, joined: Joined, encoder: Encoder, requests: slice) -> None:
+    time, user_row = joined.requests.time[requests], joined.user_row[requests]
+    columns: dict[str, EncodedColumn] = {
+        USER_ROW: user_row,
+        TIME: time,
+        ROW_START: joined.requests.row_start[requests] - joined.rows_of(requests).start,
+    }
+    for name, log in joined.logs.items():
+        columns[start_column(name)], columns[end_column(name)] = history_slices(log, user_row, time)
+    for feature in joined.schema.features_of("context"):
+        columns[feature.name] = _encoded(encoder, feature, joined.context_column(feature, requests))
+    write_table(path, columns)
+
+
+def _encoded(encoder: Encoder, feature: Feature, raw: pa.Array) -> EncodedColumn:
+    column = encoder.encode(feature.name, raw)
+    if isinstance(feature, Dense) and feature.dim == 1:
+        assert not isinstance(column, Ragged)
+        return column.reshape(-1)
+    return column

@@ -1,0 +1,200 @@
+"""The views of a schema, opened: which columns each is read for, which of its rows are valid."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+
+from feature_store.quarantine import Quarantine, first_problems
+from feature_store.sources import Source, Use, feature_use, open_source, settle_key_types, settle_value_types
+from recsys.schema import EventsView, Feature, ImpressionsView, Schema, Scope, Task
+
+VIEW_OF_SCOPE: dict[Scope, str] = {
+    "user": "users",
+    "item": "items",
+    "context": "impressions",
+    "candidate": "impressions",
+    "event": "events",
+}
+
+
+def view_paths(schema: Schema) -> dict[str, str]:
+    """Path of each view that is read, relative to the folder of views. Events are read only for histories."""
+    views = schema.views
+    paths = {"impressions": views.impressions.path}
+    if views.events is not None and schema.histories:
+        paths["events"] = views.events.path
+    if views.users is not None:
+        paths["users"] = views.users.path
+    if views.items is not None:
+        paths["items"] = views.items.path
+    return paths
+
+
+class Views:
+    """Opened and checked views, and the broken rows of each.
+
+    Args:
+        schema: what the views hold.
+        root: folder that their paths are relative to.
+        staging: folder for the Parquet form of CSVs.
+        max_quarantined_fraction: of the rows of a view.
+
+    Attributes:
+        sources: by name; only the views that are read.
+        quarantines: by name.
+
+    Raises:
+        SourceError: a file or a column is missing or of the wrong type.
+    """
+
+    def __init__(self, schema: Schema, root: Path, *, staging: Path, max_quarantined_fraction: float) -> None:
+        self.schema = schema
+        self._max_fraction = max_quarantined_fraction
+        self._uses = self._find_uses()
+        self.sources: dict[str, Source] = {
+            view: open_source(view, root, path, self._uses[view], staging=staging)
+            for view, path in view_paths(schema).items()
+        }
+        self._settle({v: self.key_column(v, "user") for v in ("impressions", "events", "users") if v in self.sources})
+        self._settle({v: self.key_column(v, "item") for v in ("impressions", "events", "items") if v in self.sources})
+        request = schema.views.impressions.request
+        if request is not None and request not in self.sources["impressions"].key_types:
+            self._settle({"impressions": request})
+        self.sources = {v: settle_value_types(s, self._uses[v]) for v, s in self.sources.items()}
+        self.quarantines = {view: Quarantine(source) for view, source in self.sources.items()}
+
+    def _settle(self, columns: Mapping[str, str]) -> None:
+        pairs = [(self.sources[view], column) for view, column in columns.items()]
+        settled = settle_key_types(pairs, tolerance=self._max_fraction)
+        self.sources.update(zip(columns, settled, strict=True))
+
+    def _find_uses(self) -> dict[str, list[Use]]:
+        """What the schema reads of each view, read or not."""
+        views = self.schema.views
+        uses: dict[str, list[Use]] = {"impressions": _log_uses("impressions", views.impressions)}
+        if views.impressions.request is not None:
+            uses["impressions"].append(Use(views.impressions.request, "key", "views.impressions.request"))
+        uses["impressions"] += [_label_use(task) for task in self.schema.tasks]
+        if views.events is not None:
+            uses["events"] = _log_uses("events", views.events)
+            if views.events.type is not None:
+                uses["events"].append(Use(views.events.type, "type", "views.events.type"))
+        if views.users is not None:
+            uses["users"] = [Use(views.users.key, "key", "views.users.key")]
+        if views.items is not None:
+            uses["items"] = [Use(views.items.key, "key", "views.items.key")]
+        for feature in self.schema.all_features:
+            view = VIEW_OF_SCOPE[feature.scope]
+            if view in uses and not self.reads_time(feature):
+                uses[view].append(feature_use(self.schema, feature))
+        return uses
+
+    def reads_time(self, feature: Feature) -> bool:
+        """Whether a feature reads its log's own time, which is known in microseconds whatever its unit."""
+        log = self._log(VIEW_OF_SCOPE[feature.scope])
+        return (
+            log is not None
+            and feature.source_column == log.time
+            and feature_use(self.schema, feature).role == "instant"
+        )
+
+    def _log(self, view: str) -> ImpressionsView | EventsView | None:
+        if view == "impressions":
+            return self.schema.views.impressions
+        return self.schema.views.events if view == "events" else None
+
+    def key_column(self, view: str, scope: str) -> str:
+        """Column of a view that holds the key of the user, or of the item."""
+        log = self._log(view)
+        if log is not None:
+            return log.user if scope == "user" else log.item
+        entity = self.schema.views.users if scope == "user" else self.schema.views.items
+        assert entity is not None
+        return entity.key
+
+    def keys(self, view: str, scope: str) -> pl.Series:
+        """The key of the user, or of the item, of every row of a view."""
+        return self.sources[view].column(Use(self.key_column(view, scope), "key", view))
+
+    def request_keys(self) -> pl.Series | None:
+        """The key of the request of every impression; None if each is its own."""
+        column = self.schema.views.impressions.request
+        return None if column is None else self.sources["impressions"].column(Use(column, "key", "request"))
+
+    def time(self, view: str) -> np.ndarray:
+        """``(num_rows,)`` int64: UTC microseconds, of valid rows; others have no meaning."""
+        log = self._log(view)
+        assert log is not None
+        return self.sources[view].column(Use(log.time, "time", view, log.time_unit)).fill_null(-1).to_numpy()
+
+    def event_types(self) -> pl.Series | None:
+        """The type of every event as text; None if events have none."""
+        events = self.schema.views.events
+        if events is None or events.type is None:
+            return None
+        return self.sources["events"].column(Use(events.type, "type", "events"))
+
+    def labels(self, task: Task) -> np.ndarray:
+        """``(num_rows,)`` float32: the label of every impression, NaN where it is missing."""
+        values = self.sources["impressions"].column(_label_use(task)).fill_null(np.nan).to_numpy()
+        if task.at_least is not None:
+            values = np.where(np.isnan(values), np.nan, values >= task.at_least)
+        return values.astype(np.float32)
+
+    def values(self, feature: Feature) -> pl.Series:
+        """Raw values of a feature in every row of its view."""
+        return self.sources[VIEW_OF_SCOPE[feature.scope]].column(feature_use(self.schema, feature))
+
+    def context_columns(self) -> dict[str, pl.Series]:
+        """Raw values of what context features read, by column, in every impression."""
+        features = [f for f in self.schema.features_of("context") if not self.reads_time(f)]
+        return {f.source_column: self.values(f) for f in features}
+
+    def valid_rows(self, view: str) -> np.ndarray:
+        """``(n,)`` int64: rows of a view without a problem; the others are set aside.
+
+        Raises:
+            QuarantineError: too many are broken.
+        """
+        source, quarantine = self.sources[view], self.quarantines[view]
+        problems = {reason: expression for use in self._uses[view] for reason, expression in source.problems(use)}
+        if view == "impressions":
+            problems.update(self._label_problems(source))
+        valid = first_problems(source, quarantine, list(problems.items()))
+        quarantine.enforce(self._max_fraction)
+        return np.flatnonzero(valid)
+
+    def _label_problems(self, source: Source) -> dict[str, pl.Expr]:
+        labels = [source.typed(_label_use(task)).fill_nan(None) for task in self.schema.tasks]
+        problems = {
+            f"{task.label} is neither 0 nor 1": label.is_in([0.0, 1.0]).not_()
+            for task, label in zip(self.schema.tasks, labels, strict=True)
+            if task.at_least is None
+        }
+        problems["every label is missing"] = pl.all_horizontal([label.is_null() for label in labels])
+        return problems
+
+    def quarantine(self, view: str, reason: str, source_rows: np.ndarray) -> None:
+        """Sets more rows of a view aside.
+
+        Raises:
+            QuarantineError: too many are broken.
+        """
+        self.quarantines[view].add(reason, source_rows)
+        self.quarantines[view].enforce(self._max_fraction)
+
+
+def _log_uses(view: str, columns: ImpressionsView | EventsView) -> list[Use]:
+    return [
+        Use(columns.user, "key", f"views.{view}.user"),
+        Use(columns.item, "key", f"views.{view}.item"),
+        Use(columns.time, "time", f"views.{view}.time", columns.time_unit),
+    ]
+
+
+def _label_use(task: Task) -> Use:
+    return Use(task.label, "label", f"task {task.name!r}")
