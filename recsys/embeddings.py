@@ -75,7 +75,7 @@ class Lookup(nn.Module):
         self.embedding_dim = embedding_dim
         self.init_bound = init_bound
         uses = uses_of_tables(schema)
-        self._groups: list[tuple[list[str], int]] = []  # tables, uses of each
+        self._groups: list[list[str]] = []  # tables of each collection
         # Tables of sets go apart: TorchRec's fused collection returns wrong vectors where one holds two kinds of pooling.
         patterns: dict[tuple[bool, tuple[str, ...]], list[str]] = {}
         for table, places in uses.items():
@@ -84,8 +84,8 @@ class Lookup(nn.Module):
                 patterns.setdefault(pattern, []).append(table)
         self._uses = uses
         groups = []
-        for (_, sides), tables in patterns.items():
-            self._groups.append((tables, len(sides)))
+        for tables in patterns.values():
+            self._groups.append(tables)
             groups.append(
                 EmbeddingBagCollection(
                     tables=[
@@ -124,7 +124,7 @@ class Lookup(nn.Module):
         """
         vectors: dict[Use, Tensor] = {}
         sides = {side: columns_of_side(batch, side) for side in ("request", "candidate", *batch.histories)}
-        for (tables, _), collection in zip(self._groups, self.groups, strict=True):
+        for tables, collection in zip(self._groups, self.groups, strict=True):
             values, lengths = [], []
             sizes: list[int] = []
             for table in tables:
@@ -134,9 +134,11 @@ class Lookup(nn.Module):
                     ids, bag_sizes = ids_of(column)
                     values.append(ids)
                     lengths.append(bag_sizes)
+                if sum(sizes) == 0:  # nothing to look up, but TorchRec wants a bag, and ranks must go through it together
+                    lengths.append(lengths[-1].new_zeros(1))
             keyed = KeyedJaggedTensor(keys=tables, values=torch.cat(values), lengths=torch.cat(lengths))
             pooled = collection(keyed).to_dict()
             for table in tables:
-                for use, part in zip(self._uses[table], pooled[table].split(sizes), strict=True):
+                for use, part in zip(self._uses[table], pooled[table][: sum(sizes)].split(sizes), strict=True):
                     vectors[use] = part
         return assemble(self.schema, batch, lambda use, _: vectors[use])

@@ -1,0 +1,153 @@
+"""Two processes with sharded tables take the steps that one process takes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from recsys.config import validate
+from recsys.layers.activations import Dice, masked_moments
+from recsys.schema import Schema
+from recsys.training_set import TrainingSet
+from tests.synthetic import SCHEMA, SPLIT
+from tests.training_sets import build_synthetic
+from training.experiment import ExperimentConfig
+from training.trainer import train
+
+pytestmark = [pytest.mark.dist, pytest.mark.slow]
+
+
+def experiment(folder: Path, **training: Any) -> tuple[ExperimentConfig, Schema]:
+    values = {
+        "name": "sharded",
+        "schema_file": "unused.yaml",
+        "data": {"views": str(folder / "views"), "training_set": str(folder / "training_set"), "split": SPLIT},
+        "model": {"kind": "din", "embedding_dim": 8, "hidden": [16, 8]},
+        "training": {
+            "epochs": 8,
+            "batch_size": 32,
+            "log_every_steps": 1,
+            "num_threads": 1,
+            "device": "cpu",
+            "selection": {"patience": 100},
+        }
+        | training,
+        "tracking": {"enabled": False},
+    }
+    return validate(ExperimentConfig, values, source="test"), validate(Schema, SCHEMA, source="test")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("sharded")
+    training_set: TrainingSet = build_synthetic(path, num_requests=220)
+    assert training_set.split("train").num_rows > 13 * 32
+    return path
+
+
+def losses(run: Path) -> list[float]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [line["train_loss"] for line in lines if line["kind"] == "step"]
+
+
+def in_processes(function: Callable[..., None], world: int, *arguments: Any) -> None:
+    """Runs ``function(*arguments)`` on every rank of a gloo group."""
+    store = arguments[0] / f"store-{function.__name__}-{world}"
+    mp.start_processes(_rank, args=(function, world, str(store), arguments), nprocs=world, start_method="spawn")
+
+
+def _rank(rank: int, function: Callable[..., None], world: int, store: str, arguments: tuple[Any, ...]) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+    try:
+        function(*arguments)
+    finally:
+        dist.destroy_process_group()
+
+
+def test_two_ray_workers_follow_one_process_for_100_steps(folder: Path, tmp_path: Path) -> None:
+    config, schema = experiment(folder)
+    one = train(config, schema, tmp_path / "one", progress=False)
+    two = train(config, schema, tmp_path / "two", workers=2, progress=False)
+
+    single, sharded = losses(tmp_path / "one"), losses(tmp_path / "two")
+
+    assert len(single) == len(sharded) >= 100
+    assert single[-1] < 0.9 * single[0], "the run must have moved"
+    np.testing.assert_allclose(sharded[:100], single[:100], rtol=0, atol=1e-5)
+    assert two.test is not None and one.test is not None
+    assert two.test["click"]["num_rows"] == one.test["click"]["num_rows"]
+    assert two.test["click"]["logloss"] == pytest.approx(one.test["click"]["logloss"], abs=1e-4)
+    # What two processes have saved, one process reads.
+    again = train(config, schema, tmp_path / "two", progress=False)
+    assert again.was_finished and again.best_checkpoint == two.best_checkpoint
+
+
+def _moments_equal(folder: Path) -> None:
+    from training.sharded import moments_over_ranks
+
+    rank = dist.get_rank()
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(7, 3, 4, generator=generator, dtype=torch.float64)
+    valid = torch.rand(7, 4, generator=generator) < 0.6
+    weight = torch.randn(7, 3, 4, generator=generator, dtype=torch.float64)
+    mine = slice(0, 2) if rank == 0 else slice(2, 7)  # uneven shares
+
+    whole = x.clone().requires_grad_()
+    mean, var, count = masked_moments(whole, valid)
+    (((whole - mean[:, None]) / (var[:, None] + 1e-3).sqrt()) * weight).sum().backward()
+
+    part = x[mine].clone().requires_grad_()
+    part_mean, part_var, part_count = moments_over_ranks(part, valid[mine])
+    (((part - part_mean[:, None]) / (part_var[:, None] + 1e-3).sqrt()) * weight[mine]).sum().backward()
+
+    torch.testing.assert_close(part_mean, mean)
+    torch.testing.assert_close(part_var, var)
+    assert int(part_count) == int(count)
+    assert whole.grad is not None
+    torch.testing.assert_close(part.grad, whole.grad[mine])
+    nothing = moments_over_ranks(x[:0], valid[:0])
+    assert int(nothing.num_positions) == 0 and nothing.mean.abs().sum() == 0
+
+
+def test_batch_statistics_over_ranks_equal_those_of_the_whole_batch(tmp_path: Path) -> None:
+    in_processes(_moments_equal, 2, tmp_path)
+
+
+def _exchanges(folder: Path) -> None:
+    from training.sharded import ShardedProcesses
+
+    strategy = ShardedProcesses()
+    assert strategy.all_sum(torch.tensor([strategy.rank + 1.0])).tolist() == [3.0]
+    rows = np.full((strategy.rank * 2, 3), strategy.rank, dtype=np.int64)  # rank 0 has none
+    gathered = strategy.all_gather(rows)
+    assert [g.shape for g in gathered] == [(0, 3), (2, 3)] and gathered[1].dtype == np.int64
+    strategy.barrier()
+
+
+def test_exchanges_between_ranks_of_uneven_shares(tmp_path: Path) -> None:
+    in_processes(_exchanges, 2, tmp_path)
+
+
+def test_an_error_raised_in_a_worker_comes_back_as_it_was(folder: Path, tmp_path: Path) -> None:
+    from recsys.errors import TrainingError
+
+    config, schema = experiment(folder, dense_optimizer={"kind": "sgd", "lr": 1.0e30})
+    with pytest.raises(TrainingError, match="finite"):
+        train(config, schema, tmp_path / "run", workers=2, progress=False)
+
+
+def test_synchronised_moments_replace_those_of_every_dice_layer() -> None:
+    from training.sharded import moments_over_ranks, synchronise_moments
+
+    model = torch.nn.Sequential(Dice(2), torch.nn.Sequential(Dice(3)))
+    synchronise_moments(model)
+    assert [m.moments for m in model.modules() if isinstance(m, Dice)] == [moments_over_ranks] * 2

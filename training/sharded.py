@@ -1,0 +1,196 @@
+"""Many processes: embedding tables sharded by rows with TorchRec, everything else replicated.
+
+Every rank takes its share of each global batch. An id is sent to the rank that holds its row, its vector comes back, and its
+gradient goes the same way; the dense parameters' gradients are averaged by ``DistributedDataParallel``. The objective is a sum
+over the global batch, so that the ranks together take the very step that one process would.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder, ShardedEmbeddingBagCollection
+from torchrec.distributed.model_parallel import DistributedModelParallel
+from torchrec.distributed.sharding_plan import construct_module_sharding_plan, row_wise
+from torchrec.distributed.types import ModuleSharder, ShardingPlan
+from torchrec.modules.embedding_modules import EmbeddingBagCollection
+from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
+from torchrec.optim.keyed import CombinedOptimizer
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
+
+from recsys.layers.activations import Dice, Moments
+from recsys.models import RankingModel
+from training.optim import (
+    AdagradConfig,
+    DenseAdagradConfig,
+    DenseAdamConfig,
+    DenseAdamWConfig,
+    DenseSGDConfig,
+    RowwiseAdagradConfig,
+    SGDConfig,
+    dense_optimizer,
+    dense_parameters,
+    embedding_optimizer,
+)
+from training.strategy import Prepared
+
+
+class ShardedProcesses:
+    """One rank of the default process group, which must be initialised.
+
+    Args:
+        device: where this rank computes.
+    """
+
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        self.rank = dist.get_rank()
+        self.world = dist.get_world_size()
+        self.device = torch.device(device)
+        # DistributedDataParallel and TorchRec both average gradients over ranks; the objective wants their sum.
+        self.loss_scale = float(self.world)
+
+    def prepare(
+        self,
+        model: RankingModel,
+        embedding: RowwiseAdagradConfig | AdagradConfig | SGDConfig,
+        dense: DenseAdamConfig | DenseAdamWConfig | DenseAdagradConfig | DenseSGDConfig,
+    ) -> Prepared:
+        """Shards every table by rows, replicates the rest, and builds the optimizers."""
+        optimizer = embedding_optimizer(embedding)
+        sharder = EmbeddingBagCollectionSharder()
+        plan: dict[str, Any] = {}
+        weights: dict[str, Tensor] = {}
+        for path, module in model.named_modules():
+            if isinstance(module, EmbeddingBagCollection):
+                apply_optimizer_in_backward(optimizer.cls, module.parameters(), optimizer.kwargs)
+                plan[path] = construct_module_sharding_plan(
+                    module,
+                    {table.name: row_wise() for table in module.embedding_bag_configs()},
+                    sharder=sharder,  # type: ignore[arg-type]
+                    local_size=self.world,
+                    world_size=self.world,
+                    device_type=self.device.type,
+                )
+                weights |= {f"{path}.{name}": tensor for name, tensor in module.state_dict().items()}
+        synchronise_moments(model)
+        sharders: list[ModuleSharder[nn.Module]] = [sharder]  # type: ignore[list-item]
+        parallel = DistributedModelParallel(model, device=self.device, plan=ShardingPlan(plan), sharders=sharders)
+        _fill_shards(parallel, weights)
+        for module in parallel.modules():
+            if isinstance(module, ShardedEmbeddingBagCollection):
+                _even_bags(module)
+        parameters = dense_parameters(parallel)
+        combined = CombinedOptimizer(
+            [("tables", parallel.fused_optimizer), ("dense", dense_optimizer(dense, parameters))]
+        )
+        return Prepared(parallel, combined, list(parameters.values()))
+
+    def all_sum(self, values: Tensor) -> Tensor:
+        """Element-wise sum over ranks."""
+        total = values.detach().clone()
+        dist.all_reduce(total)
+        return total
+
+    def all_gather(self, rows: np.ndarray) -> list[np.ndarray]:
+        """Every rank's array."""
+        sizes = [torch.zeros(1, dtype=torch.int64, device=self.device) for _ in range(self.world)]
+        dist.all_gather(sizes, torch.tensor([len(rows)], device=self.device))
+        longest = max(int(s) for s in sizes)
+        padded = torch.zeros((longest, *rows.shape[1:]), dtype=torch.from_numpy(rows[:0].copy()).dtype, device=self.device)
+        padded[: len(rows)] = torch.from_numpy(np.ascontiguousarray(rows))
+        gathered = [torch.empty_like(padded) for _ in range(self.world)]
+        dist.all_gather(gathered, padded)
+        return [g[: int(s)].cpu().numpy() for g, s in zip(gathered, sizes, strict=True)]
+
+    def barrier(self) -> None:
+        """Waits for every rank."""
+        dist.barrier()
+
+
+def _fill_shards(parallel: nn.Module, weights: dict[str, Tensor]) -> None:
+    """Copies each rank's rows of the tables into its shards: TorchRec starts CPU shards from values of its own."""
+    state = parallel.state_dict()
+    for name, weight in weights.items():
+        for shard in state[name].local_shards():
+            row, column = shard.metadata.shard_offsets
+            height, width = shard.metadata.shard_sizes
+            shard.tensor.detach().copy_(weight[row : row + height, column : column + width])
+
+
+def _even_bags(module: ShardedEmbeddingBagCollection) -> None:
+    """Gives every rank as many bags, with empty ones at the end, and drops these again from the result.
+
+    Ranks hold different numbers of candidates and events, and the backward pass of row-wise sharding takes equal ones only
+    (on gloo).
+    """
+    sizes: list[int] = []  # of calls whose results are not yet taken; calls do not nest
+
+    def pad(_: nn.Module, arguments: tuple[KeyedJaggedTensor]) -> tuple[KeyedJaggedTensor]:
+        (features,) = arguments
+        own = features.stride()
+        longest = torch.tensor([own], device=features.device())
+        dist.all_reduce(longest, op=dist.ReduceOp.MAX)
+        sizes.append(own)
+        missing = int(longest) - own
+        if missing == 0:
+            return arguments
+        lengths = features.lengths().view(len(features.keys()), own)
+        lengths = torch.cat([lengths, lengths.new_zeros(lengths.shape[0], missing)], dim=1)
+        return (KeyedJaggedTensor(keys=features.keys(), values=features.values(), lengths=lengths.flatten()),)
+
+    def cut(_: nn.Module, __: Any, output: Any) -> KeyedTensor:
+        pooled: KeyedTensor = output.wait()
+        own = sizes.pop()
+        return KeyedTensor(pooled.keys(), pooled.length_per_key(), pooled.values()[:own])
+
+    module.register_forward_pre_hook(pad)
+    module.register_forward_hook(cut)
+
+
+class _SumOverRanks(torch.autograd.Function):
+    """Sum over ranks, in both directions: the sum's gradient on each rank adds up to the gradient of each addend."""
+
+    @staticmethod
+    def forward(_: Any, values: Tensor) -> Tensor:
+        total = values.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(_: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        total = gradient.clone()
+        dist.all_reduce(total)
+        return total
+
+
+def moments_over_ranks(x: Tensor, valid: Tensor | None) -> Moments:
+    """Mean and variance of each channel over the valid positions of all ranks.
+
+    The same as :func:`recsys.layers.activations.masked_moments` on the ranks' inputs put together, gradients included.
+
+    Args:
+        x: (N, C) or (N, C, L).
+        valid: (N,) or (N, L), True = counts; None = all count.
+    """
+    axes = [axis for axis in range(x.dim()) if axis != 1]
+    if valid is None:
+        valid = torch.ones((), dtype=torch.bool, device=x.device).expand(x.select(1, 0).shape)
+    weight = valid.unsqueeze(1).to(x.dtype)
+    count = valid.sum()
+    dist.all_reduce(count)
+    divisor = count.clamp(min=1).to(x.dtype)
+    mean: Tensor = _SumOverRanks.apply((x * weight).sum(axes)) / divisor  # type: ignore[no-untyped-call]
+    centred = (x - mean.reshape(-1, *[1] * (x.dim() - 2))) * weight
+    var: Tensor = _SumOverRanks.apply(centred.square().sum(axes)) / divisor  # type: ignore[no-untyped-call]
+    return Moments(mean, var, count)
+
+
+def synchronise_moments(model: nn.Module) -> None:
+    """Makes every layer with batch statistics take them over all ranks, as one process would over the global batch."""
+    for module in model.modules():
+        if isinstance(module, Dice):
+            module.moments = moments_over_ranks
