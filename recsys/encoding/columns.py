@@ -26,6 +26,10 @@ Bools = npt.NDArray[np.bool_]
 _DICTIONARY_FROM = 1024
 """Text columns of at least so many rows are dictionary-encoded, so that each distinct text is looked at once."""
 
+_FEW = 8
+"""Up to so many texts are split one by one: array operations cost more than they save."""
+_INT32, _INT64 = np.dtype(np.int32), np.dtype(np.int64)
+
 _INTEGERS = {
     t.id: np.dtype(t.to_pandas_dtype())
     for t in (pa.int8(), pa.int16(), pa.int32(), pa.int64(), pa.uint8(), pa.uint16(), pa.uint32(), pa.uint64())
@@ -138,7 +142,7 @@ def text_bytes(texts: Array) -> tuple[npt.NDArray[np.uint8], Int64s]:
     _, offset_buffer, content_buffer = texts.buffers()
     if len(texts) == 0 or content_buffer is None:
         return np.empty(0, np.uint8), np.zeros(len(texts) + 1, np.int64)
-    width = np.dtype(np.int32 if texts.type.id == _STRING else np.int64)
+    width = _INT32 if texts.type.id == _STRING else _INT64
     offsets = np.frombuffer(offset_buffer, width, len(texts) + 1, texts.offset * width.itemsize)
     return np.frombuffer(content_buffer, np.uint8), offsets.astype(np.int64, copy=False)
 
@@ -177,7 +181,7 @@ def as_keys(column: Column, *, where: str) -> Keys:
         if len(array) < _DICTIONARY_FROM:
             return TextKeys(array, None)
         encoded = array.dictionary_encode(null_encoding="encode")
-        return TextKeys(encoded.dictionary, _view(encoded.indices, np.dtype(np.int32)))
+        return TextKeys(encoded.dictionary, _view(encoded.indices, _INT32))
     if kind in _FLOATS:
         return _integral_float_keys(array, where)
     if kind == _BOOL:
@@ -291,7 +295,8 @@ def as_vectors(column: Column, dim: int, *, where: str) -> Float64s:
         if dim > 1:
             _refuse(where, f"lists of {dim} numbers", array.type, "declare dim: 1 for a plain number")
         return as_numbers(array, where=where)[:, None]
-    elements, lengths = flatten_lists(array)
+    elements, offsets = flatten_lists(array)
+    lengths = np.diff(offsets)
     valid = valid_mask(array)
     given = lengths if valid is None else lengths[valid]
     if np.any(given != dim):
@@ -328,7 +333,9 @@ def as_times(column: Column, *, where: str) -> IntKeys:
         keys = _integer_keys(array.view(pa.int64()), where)
         if unit == "ns":
             return IntKeys(keys.values // 1000, keys.valid)
-        factor = {"s": 1_000_000, "ms": 1000, "us": 1}[unit]
+        if unit == "us":
+            return keys
+        factor = {"s": 1_000_000, "ms": 1000}[unit]
         if len(keys.values) and max(int(keys.values.max()), -int(keys.values.min())) > (2**63 - 1) // factor:
             raise EncodingError(f"{where} must hold times within 292,000 years of 1970, got others")
         return IntKeys(keys.values * factor, keys.valid)
@@ -340,18 +347,17 @@ def as_times(column: Column, *, where: str) -> IntKeys:
 
 
 def flatten_lists(array: Array) -> tuple[Array, Int64s]:
-    """Elements of a list array of any kind, and the length of each list, 0 for null."""
-    if array.type.id in (_LIST, _LARGE_LIST) and array.null_count == 0:
-        if len(array) == 0:
-            return array.values.slice(0, 0), np.empty(0, np.int64)
-        width = np.dtype(np.int32 if array.type.id == _LIST else np.int64)
-        offsets = np.frombuffer(array.buffers()[1], width, len(array) + 1, array.offset * width.itemsize).astype(
-            np.int64
-        )
+    """Elements of a list array (m,) of any kind, and the offsets (m + 1,) of its lists. A null list counts as empty."""
+    if array.type.id in (_LIST, _LARGE_LIST) and array.null_count == 0 and len(array):
+        width = _INT32 if array.type.id == _LIST else _INT64
+        offsets = np.frombuffer(array.buffers()[1], width, len(array) + 1, array.offset * width.itemsize)
         first, last = int(offsets[0]), int(offsets[-1])
-        return array.values.slice(first, last - first), np.diff(offsets)
+        elements = array.values
+        if first > 0 or last < len(elements):
+            elements = elements.slice(first, last - first)
+        return elements, offsets.astype(np.int64) - first
     lengths = np.asarray(pc.call_function("list_value_length", [array]).fill_null(0))
-    return array.flatten(), lengths.astype(np.int64, copy=False)
+    return array.flatten(), offsets_of(lengths)
 
 
 class Bags(NamedTuple):
@@ -386,7 +392,7 @@ def as_bags(column: Column, *, separator: str | None, max_values: int | None, wh
         return Bags(array.slice(0, 0), np.zeros(len(array) + 1, np.int64), None)
     codes: npt.NDArray[np.integer] | None = None
     if kind in _LISTS:
-        elements, lengths = flatten_lists(array)
+        elements, offsets = flatten_lists(array)
     elif kind == _DICTIONARY and array.type.value_type.id not in _TEXTS:
         return as_bags(array.dictionary_decode(), separator=separator, max_values=max_values, where=where)
     elif kind in _TEXTS or kind == _DICTIONARY:
@@ -399,22 +405,27 @@ def as_bags(column: Column, *, separator: str | None, max_values: int | None, wh
         if codes is not None:  # one more text, the null, for the rows without
             texts = pa.concat_arrays([texts, pa.nulls(1, texts.type)])
             codes = np.where(codes < 0, len(texts) - 1, codes)
-        elements, lengths = _split(texts, separator)
+        elements, offsets = _split(texts, separator)
     else:
         _refuse(where, "lists or text", array.type, "declare the feature categorical if it has one value")
-    offsets = offsets_of(lengths)
-    if max_values is not None and len(lengths) and int(lengths.max()) > max_values:
-        place = np.arange(len(elements), dtype=np.int64) - np.repeat(offsets[:-1], lengths)
-        elements = elements.filter(pa.array(place < max_values))
-        offsets = offsets_of(np.minimum(lengths, max_values))
+    if max_values is not None:
+        lengths = np.diff(offsets)
+        if lengths.max(initial=0) > max_values:
+            place = np.arange(len(elements), dtype=np.int64) - np.repeat(offsets[:-1], lengths)
+            elements = elements.filter(pa.array(place < max_values))
+            offsets = offsets_of(np.minimum(lengths, max_values))
     return Bags(elements, offsets, codes)
 
 
 def _split(texts: Array, separator: str) -> tuple[Array, Int64s]:
-    pieces, lengths = flatten_lists(pc.call_function("split_pattern", [texts], pc.SplitPatternOptions(separator)))
+    """Pieces of texts (m,) that are not empty, and the offsets (m + 1,) of each text's."""
+    if len(texts) <= _FEW:
+        split = [[piece for piece in (text or "").split(separator) if piece] for text in texts.to_pylist()]
+        pieces = pa.array([piece for bag in split for piece in bag], pa.large_string())
+        return pieces, offsets_of(np.array([len(bag) for bag in split], np.int64))
+    pieces, offsets = flatten_lists(pc.call_function("split_pattern", [texts], pc.SplitPatternOptions(separator)))
     is_kept = np.asarray(pc.binary_length(pieces)) > 0
-    if not is_kept.all():
-        bag = np.repeat(np.arange(len(lengths)), lengths)
-        lengths = np.bincount(bag[is_kept], minlength=len(lengths)).astype(np.int64)
-        pieces = pieces.filter(pa.array(is_kept))
-    return pieces, lengths
+    if is_kept.all():
+        return pieces, offsets
+    num_kept_before = np.append(0, np.cumsum(is_kept))
+    return pieces.filter(pa.array(is_kept)), num_kept_before[offsets]

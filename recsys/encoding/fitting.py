@@ -98,8 +98,8 @@ class QuantileSketch:
 
     A cell is all float64 numbers that agree in sign, exponent and the first :math:`p` bits of the mantissa, :math:`p`
     being the largest at which at most ``max_cells`` cells are occupied. Every number counts in its cell, so a boundary
-    is wrong by at most one cell: a relative error of :math:`2^{-p}` in value. What comes out depends on neither the order
-    nor the chunks in which numbers came in, and there is no chance in it.
+    is wrong by at most one cell: a relative error of :math:`2^{-p}` in value. What comes out does not depend on the
+    order or the chunks in which numbers came in, and there is no chance in it.
 
     Args:
         max_cells: bound on memory, at least 8192.

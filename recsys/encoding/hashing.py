@@ -39,7 +39,7 @@ _BLOCK = 1 << 15
 _TEXT_BLOCK = 1 << 12
 _STRIP = 16
 """Rows, and bytes of each text, hashed at a time, so that intermediate arrays stay in the cache."""
-_FEW = 8
+FEW = 8
 """Below so many texts, a loop over bytes in Python is faster than array operations per byte position."""
 
 UInt64s = npt.NDArray[np.uint64]
@@ -100,6 +100,8 @@ def hash_integers(values: Int64s, *, seed: int = 0) -> UInt64s:
     Returns:
         uint64, (n,).
     """
+    if len(values) <= FEW:
+        return np.array([hash_integer(value, seed=seed) for value in values.tolist()], np.uint64)
     seed_mix = np.uint64(mix(seed))
     hashed = np.empty(len(values), np.uint64)
     unsigned = values.view(np.uint64)
@@ -121,6 +123,8 @@ def hash_texts(texts: Array, *, seed: int = 0) -> UInt64s:
     Returns:
         uint64, (n,).
     """
+    if len(texts) <= FEW:
+        return np.array([hash_text(text or "", seed=seed) for text in texts.to_pylist()], np.uint64)
     hashed = np.full(len(texts), _FNV_OFFSET, np.uint64)
     content, offsets = text_bytes(texts)
     if len(content):
@@ -140,7 +144,7 @@ def _fnv1a_block(content: npt.NDArray[np.uint8], starts: Int64s, lengths: Int64s
     longest = int(lengths[0])
     reaching = (len(order) - np.searchsorted(lengths[::-1], np.arange(longest), side="right")).tolist()
     position = 0
-    while position < longest and reaching[position] >= _FEW:
+    while position < longest and reaching[position] >= FEW:
         count = reaching[position]
         places = starts[:count] + np.arange(position, min(position + _STRIP, longest))[:, None]
         strip = content.take(places, mode="clip").astype(np.uint64)  # past the end of a text stands what is not used

@@ -8,13 +8,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from recsys.encoding.columns import Array, Column, Int64s, IntKeys, NoKeys, as_keys
-from recsys.encoding.hashing import hash_integer, hash_integers, hash_text, hash_texts
+from recsys.encoding.hashing import FEW, hash_integer, hash_integers, hash_text, hash_texts
 from recsys.errors import EncodingError
 
 _BLOCK = 1 << 16
 """Rows looked up at a time, so that intermediate arrays stay in the cache."""
-_FEW = 8
-"""Up to so many keys are looked up one by one: array operations cost more than they save."""
 _COMPACT = 4
 """Integers are addressed directly if they span at most so many times their number."""
 
@@ -138,7 +136,7 @@ class KeyIndex:
         return found if parsed.codes is None else np.append(found, -1)[parsed.codes]
 
     def _find_integers(self, values: Int64s) -> Int64s:
-        if len(values) <= _FEW:
+        if len(values) <= FEW:
             return np.array([self._place_of_integer(value) for value in values.tolist()], np.int64)
         found = np.empty(len(values), np.int64)
         for begin in range(0, len(values), _BLOCK):
@@ -154,7 +152,7 @@ class KeyIndex:
         return found
 
     def _find_texts(self, texts: Array) -> Int64s:
-        if len(texts) <= _FEW:
+        if len(texts) <= FEW:
             return np.array([-1 if t is None else self._place_of_text(t) for t in texts.to_pylist()], np.int64)
         hashes = hash_texts(texts)
         slots = np.empty(len(texts), np.int64)

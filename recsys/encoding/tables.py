@@ -73,13 +73,13 @@ class HashTable:
     """
 
     def __init__(self, num_buckets: int, seed: int) -> None:
-        self._num_buckets = num_buckets
+        self._num_buckets = np.uint64(num_buckets)
         self._seed = seed
 
     @property
     def size(self) -> int:
         """Rows of the table."""
-        return FIRST_ID + self._num_buckets
+        return FIRST_ID + int(self._num_buckets)
 
     @property
     def state(self) -> dict[str, Any]:
@@ -103,7 +103,7 @@ class HashTable:
         return ids if keys.codes is None else np.append(ids, UNKNOWN_ID)[keys.codes]
 
     def _ids(self, hashed: UInt64s) -> Int64s:
-        hashed %= np.uint64(self._num_buckets)
+        hashed %= self._num_buckets
         ids = hashed.view(np.int64)
         ids += FIRST_ID
         return ids
