@@ -24,8 +24,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from recsys.errors import CheckpointError
 from recsys.training_set import sha256_of, write_json
@@ -87,8 +89,8 @@ class CheckpointStore:
                 temporary.mkdir()
             self._barrier()
             with _quiet():
-                writer = dcp.FileSystemWriter(temporary, single_file_per_rank=True, sync_files=True)
-                dcp.save(state, storage_writer=writer, no_dist=self._world == 1)
+                writer = FileSystemWriter(temporary, single_file_per_rank=True, sync_files=True)
+                save(state, storage_writer=writer, no_dist=self._world == 1)
             if self._rank == 0:
                 self._commit(name, temporary, progress)
             self._barrier()
@@ -151,7 +153,7 @@ class CheckpointStore:
         self._barrier()
         try:
             with _quiet():
-                dcp.load(state, storage_reader=dcp.FileSystemReader(folder), no_dist=self._world == 1)
+                load(state, storage_reader=FileSystemReader(folder), no_dist=self._world == 1)
         except (OSError, CheckpointException) as err:
             raise CheckpointError(
                 f"{folder} does not fit this model: {_first_cause(err)}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from types import TracebackType
 from typing import Self
@@ -10,6 +11,21 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 _LINE_EVERY_S = 10.0
+
+
+class _HideRemark(logging.Filter):
+    """Hides one remark of torch to authors of tracers, which TorchRec's look-up calls forth."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith("is_fx_tracing will return true for both")
+
+
+_HIDE_REMARK = _HideRemark()
+
+
+def quiet_libraries() -> None:
+    """Hides what torch and TorchRec log about themselves, and nothing else that they log. Safe to call again."""
+    logging.getLogger("torch.fx._symbolic_trace").addFilter(_HIDE_REMARK)
 
 
 class TrainingDisplay:

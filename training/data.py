@@ -100,7 +100,8 @@ def share(requests: np.ndarray, row_offsets: np.ndarray, rank: int, world: int) 
     ends = np.cumsum(row_offsets[requests + 1] - row_offsets[requests])
     middles = ends - (row_offsets[requests + 1] - row_offsets[requests]) / 2
     owner = np.minimum(middles * world // max(int(ends[-1]), 1), world - 1)
-    return requests[owner == rank]
+    mine: np.ndarray = requests[owner == rank]
+    return mine
 
 
 @dataclass(frozen=True)

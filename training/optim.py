@@ -4,6 +4,9 @@ A step looks up a few thousand of a table's millions of rows. FBGEMM applies the
 pass, to those rows only: no dense gradient of the table ever exists, and the other rows and their state are neither
 read nor written. So the embedding optimizer has no ``step``: ``loss.backward()`` is its step, and it sees the gradient
 of the loss exactly as given.
+
+No embedding optimizer has weight decay: FBGEMM 1.8 has none for Adagrad and SGD, and its CPU kernel of row-wise Adagrad
+takes the argument and ignores it.
 """
 
 from __future__ import annotations
@@ -12,7 +15,6 @@ from collections.abc import Iterable
 from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
-from fbgemm_gpu.split_embedding_configs import WeightDecayMode
 from pydantic import Field
 from torch import Tensor, nn
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
@@ -30,11 +32,10 @@ class RowwiseAdagradConfig(Config):
     kind: Literal["rowwise_adagrad"] = "rowwise_adagrad"
     lr: float = Field(0.05, gt=0)
     eps: float = Field(1e-8, gt=0)
-    weight_decay: float = Field(0.0, ge=0, description="L2, added to the gradient of looked-up rows only")
 
 
 class AdagradConfig(Config):
-    """Adagrad with one accumulator a weight. FBGEMM has no weight decay for it."""
+    """Adagrad with one accumulator a weight."""
 
     kind: Literal["adagrad"] = "adagrad"
     lr: float = Field(0.05, gt=0)
@@ -42,7 +43,7 @@ class AdagradConfig(Config):
 
 
 class SGDConfig(Config):
-    """Plain gradient descent, no state. FBGEMM has no weight decay for it."""
+    """Plain gradient descent, no state."""
 
     kind: Literal["sgd"] = "sgd"
     lr: float = Field(0.1, gt=0)
@@ -110,10 +111,7 @@ def embedding_optimizer(config: RowwiseAdagradConfig | AdagradConfig | SGDConfig
     """The optimizer that a config describes, for :func:`fuse_embeddings` or for sharded tables."""
     match config:
         case RowwiseAdagradConfig():
-            kwargs: dict[str, Any] = {"lr": config.lr, "eps": config.eps}
-            if config.weight_decay > 0:
-                kwargs |= {"weight_decay": config.weight_decay, "weight_decay_mode": WeightDecayMode.L2}
-            return EmbeddingOptimizer(RowWiseAdagrad, kwargs)
+            return EmbeddingOptimizer(RowWiseAdagrad, {"lr": config.lr, "eps": config.eps})
         case AdagradConfig():
             return EmbeddingOptimizer(torch.optim.Adagrad, {"lr": config.lr, "eps": config.eps})
         case SGDConfig():

@@ -14,7 +14,7 @@ import torch
 from recsys.config import fingerprint
 from recsys.metrics import Metrics
 from recsys.training_set import SPLITS, TrainingSet
-from training.evaluate import Predictions, evaluate, history_slices
+from training.evaluate import Predictions, auc_by_history_length, evaluate
 from training.experiment import ExperimentConfig
 from training.report import (
     DataSummary,
@@ -69,7 +69,7 @@ def _task(predictions: Predictions, task: str, metrics: Metrics, others: Sequenc
         name=task,
         scores=(ScoreRow("this model", "model", metrics), *others),
         reliability=reliability_bins(labels, probabilities),
-        history=history_slices(predictions, task),
+        history=tuple(auc_by_history_length(predictions, task)),
     )
 
 

@@ -33,7 +33,7 @@ from recsys.models import build_model
 from recsys.schema import Schema
 from recsys.training_set import TrainingSet, write_json
 from training.checkpoint import CheckpointStore, checkpoint_name
-from training.console import TrainingDisplay
+from training.console import TrainingDisplay, quiet_libraries
 from training.data import BatchLoader, LoadedBatch
 from training.evaluate import Predictions, evaluate, plain, predict
 from training.experiment import ExperimentConfig, check_tasks
@@ -204,6 +204,7 @@ def train_rank(
     Args:
         display: shows what rank 0 has to say.
     """
+    quiet_libraries()
     training_set = open_training_set(experiment, schema)
     folder = RunFolder(Path(run_dir))
     tracker = _tracker(experiment, training_set, folder, display) if strategy.rank == 0 else None
