@@ -118,11 +118,10 @@ def as_array(column: Column) -> Array:
         return column
     if column.num_chunks == 1:
         return column.chunk(0)
-    if column.num_chunks == 0:
-        return pa.array([], column.type)
     if column.type.id == _STRING:
         column = column.cast(pa.large_string())
-    return pa.concat_arrays(column.unify_dictionaries().chunks)
+    chunks = column.unify_dictionaries().chunks
+    return pa.concat_arrays(chunks) if chunks else pa.array([], column.type)
 
 
 def valid_mask(array: Array) -> Bools | None:
