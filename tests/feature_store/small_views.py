@@ -8,8 +8,11 @@ from typing import Any
 import numpy as np
 import polars as pl
 
+from feature_store.build import DataConfig, build_training_set
 from recsys.config import validate
+from recsys.encoding import Ragged
 from recsys.schema import Schema
+from recsys.training_set import SPLITS, Table, TrainingSet
 
 START = 1_600_000_000_000_000
 DAY = 86_400_000_000
@@ -123,3 +126,95 @@ def write_views(folder: Path, views: dict[str, pl.DataFrame], *, suffix: str = "
         else:
             frame.write_parquet(path)
     return folder
+
+
+def config(folder: Path, **changes: Any) -> DataConfig:
+    """Settings of a build of ``folder/views`` into ``folder/training_set``."""
+    mapping = {"views": str(folder / "views"), "training_set": str(folder / "training_set"), "split": SPLIT, **changes}
+    return validate(DataConfig, mapping, source="test")
+
+
+def build(
+    folder: Path,
+    views: dict[str, pl.DataFrame],
+    schema: Schema | None = None,
+    *,
+    suffix: str = ".parquet",
+    **changes: Any,
+) -> TrainingSet:
+    """Writes the views, builds, and opens the result."""
+    write_views(folder / "views", views, suffix=suffix)
+    build_training_set(schema or make_schema(), config(folder, **changes))
+    return TrainingSet.open(folder / "training_set", verify=True)
+
+
+def impressions_of(training_set: TrainingSet, history: str) -> dict[int, dict[str, Any]]:
+    """Every impression by source row: raw keys, time, labels, and the whole history as (item key, time) pairs."""
+    users, items = training_set.users, training_set.items
+    assert users.keys is not None
+    assert items.keys is not None
+    user_keys, item_keys = users.keys.to_pylist(), items.keys.to_pylist()
+    log = training_set.events[history]
+    found: dict[int, dict[str, Any]] = {}
+    for name in SPLITS:
+        split = training_set.split(name)
+        for request in range(split.num_requests):
+            columns = split.requests.columns
+            start, end = (int(split.requests.array(f"@{edge}.{history}")[request]) for edge in ("start", "end"))
+            for row in range(split.row_offsets[request], split.row_offsets[request + 1]):
+                source_row = int(split.impressions.array("@source_row")[row])
+                assert source_row not in found
+                found[source_row] = {
+                    "split": name,
+                    "user": user_keys[split.requests.array("@user_row")[request]],
+                    "item": item_keys[split.impressions.array("@item_row")[row]],
+                    "time": int(split.requests.array("@time")[request]),
+                    "request": request,
+                    "labels": {
+                        c: float(split.impressions.array(c)[row])
+                        for c in split.impressions.columns
+                        if c.startswith("@label")
+                    },
+                    "context": {n: c[request] for n, c in columns.items() if isinstance(c, np.ndarray) and n[0] != "@"},
+                    "slice": (start, end),
+                    "history": [
+                        (item_keys[log.array("@item_row")[e]], int(log.array("@time")[e])) for e in range(start, end)
+                    ],
+                }
+    return found
+
+
+def same_columns(left: Table, right: Table, *, but: tuple[str, ...] = ()) -> None:
+    """Asserts that two tables are equal, column by column."""
+    assert list(left.columns) == list(right.columns)
+    assert left.keys == right.keys or (left.keys is not None and left.keys.equals(right.keys))
+    for name in left.columns:
+        if name in but:
+            continue
+        a, b = left.columns[name], right.columns[name]
+        if isinstance(a, Ragged):
+            assert isinstance(b, Ragged)
+            np.testing.assert_array_equal(a.values, b.values, err_msg=name)
+            np.testing.assert_array_equal(a.offsets, b.offsets, err_msg=name)
+        else:
+            np.testing.assert_array_equal(a, b, err_msg=name)
+
+
+def same_sets(left: TrainingSet, right: TrainingSet, *, but: tuple[str, ...] = ()) -> None:
+    """Asserts that two training sets hold the same in the same order."""
+    assert left.encoder.fingerprint == right.encoder.fingerprint
+    same_columns(left.users, right.users)
+    same_columns(left.items, right.items)
+    for name, log in left.events.items():
+        same_columns(log, right.events[name])
+    for name in SPLITS:
+        same_columns(left.split(name).requests, right.split(name).requests)
+        same_columns(left.split(name).impressions, right.split(name).impressions, but=but)
+
+
+def shuffled(frame: pl.DataFrame, by: list[str], rng: np.random.Generator) -> pl.DataFrame:
+    """The rows in random order, save that rows equal in ``by`` keep theirs."""
+    numbered = frame.with_row_index("@n")
+    mixed = numbered[rng.permutation(len(frame))]
+    ranks = mixed.select(place=pl.col("@n").sort().over(by))["place"]
+    return numbered[ranks.to_numpy()].drop("@n")
