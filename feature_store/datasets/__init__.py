@@ -1,8 +1,8 @@
 """Data sets: the simulator, and loaders of public data sets in their original files.
 
 :data:`DATASETS` lists the loaders. Adding one is one file, one import and one entry here. A loader reads raw files and
-writes a folder of views (``impressions.parquet``, ``events.parquet``, ``users.parquet``, ``items.parquet``) that the schema named
-in its entry describes.
+writes a folder of views (``impressions.parquet``, ``events.parquet``, ``users.parquet``, ``items.parquet``) that the
+schema named in its entry describes.
 """
 
 from feature_store.datasets.kuairand import load_kuairand_pure
@@ -12,7 +12,7 @@ from feature_store.datasets.summary import Dataset, DatasetSummary, Progress
 DATASETS: dict[str, Dataset] = {
     "kuairand_pure": Dataset(
         name="kuairand_pure",
-        description="KuaiRand-Pure: 223 thousand impressions of short videos with 8 kinds of feedback, 27 thousand users",
+        description="KuaiRand-Pure: 223 thousand impressions of short videos, 8 kinds of feedback, 27 thousand users",
         source="https://kuairand.com",
         licence="CC BY-SA 4.0",
         raw_files=("log_standard*.csv or .parquet", "user_features_pure.csv", "video_features_basic_pure.csv"),

@@ -19,8 +19,8 @@ def views_folder(output_dir: Path, *, marker: str) -> Iterator[Path]:
     """Yields an empty temporary folder beside ``output_dir`` that takes its place when the block ends without an error.
 
     An existing ``output_dir`` is replaced only if it is empty or holds ``marker``, the file that every writer of this
-    package leaves there: no folder that holds a user's own files is ever removed. After an error, or when the process is
-    killed, ``output_dir`` is as before.
+    package leaves there: no folder that holds a user's own files is ever removed. After an error, or when the process
+    is killed, ``output_dir`` is as before.
 
     Args:
         output_dir: the folder to write; parents are created.
@@ -56,7 +56,7 @@ def _check_replaceable(output_dir: Path, marker: str) -> None:
         if any(output_dir.iterdir()) and not (output_dir / marker).is_file():
             raise SourceError(
                 f"output folder {output_dir} must be empty or hold {marker}, got a folder with other files",
-                hint="choose a new folder: an existing one is replaced as a whole, so only one written before is accepted",
+                hint="choose a new folder: one that exists is replaced as a whole, if this command wrote it",
             )
     elif output_dir.exists():
         raise SourceError(f"output folder {output_dir} must be a folder, got a file")
@@ -64,14 +64,14 @@ def _check_replaceable(output_dir: Path, marker: str) -> None:
 
 def _replace(temporary: Path, output_dir: Path) -> None:
     if not output_dir.exists():
-        os.rename(temporary, output_dir)
+        temporary.rename(output_dir)
     else:
         old = output_dir.parent / f".tmp-{output_dir.name}-{uuid.uuid4().hex[:12]}"
-        os.rename(output_dir, old)
+        output_dir.rename(old)
         try:
-            os.rename(temporary, output_dir)
+            temporary.rename(output_dir)
         except OSError:
-            os.rename(old, output_dir)
+            old.rename(output_dir)
             raise
         shutil.rmtree(old, ignore_errors=True)
     _fsync(output_dir.parent)

@@ -6,9 +6,10 @@ Exposed Videos", CIKM 2022; https://kuairand.com (CC BY-SA 4.0).
 The views begin on 25 April 2022; what came before is history. Raw folders of two forms are read, with the same result:
 
 * the public download: ``log_standard_4_08_to_4_21_pure.csv`` and ``log_standard_4_22_to_5_08_pure.csv``;
-* a compact form: logs from 25 April on (``log_standard*.parquet``), and in ``user_histories_until_0424.parquet`` for each user
-  the last 50 videos watched, liked and watched long up to 24 April, oldest first, with how many were watched in all
-  (``history_len``) and when the last was (``last_time_ms``). From the public download the same lists are made.
+* a compact form: logs from 25 April on (``log_standard*.parquet``), and in ``user_histories_until_0424.parquet`` for
+  each user the last 50 videos watched, liked and watched long up to 24 April, oldest first, with how many were
+  watched in all (``history_len``) and when the last was (``last_time_ms``). From the public download the same lists
+  are made.
 
 Both with ``user_features_pure.csv`` and ``video_features_basic_pure.csv``.
 
@@ -18,19 +19,19 @@ Impressions
     are feedback too: they are in no view.
 
 Events
-    ======================  =======================================================  =========================================
-    type                    from                                                     time
-    ======================  =======================================================  =========================================
-    watch                   the watched list: all that was shown, clicked or not      spread, see below
-    like, long_watch        the other lists                                          1 and 2 us after the watch, see below
-    click, long_view, like  impressions from 25 April on with this feedback          of the impression
-    ======================  =======================================================  =========================================
+    ======================  ==========================================  =================================
+    type                    from                                        time
+    ======================  ==========================================  =================================
+    watch                   the watched list: clicked or not            spread, see below
+    like, long_watch        the other lists                             1 and 2 us after the watch
+    click, long_view, like  impressions with this feedback              of the impression
+    ======================  ==========================================  =================================
 
-    The lists' order is exact, their times were not kept. The j-th of a user's n watched videos (the list holds the last 50 of
-    n) gets the time ``start + (last - start) j / n``, start being the start of the log, 8 April, and last the exact time of
-    the last one. A liked video goes to its latest fitting place in the watched list; those too old for the watched
-    list are spread evenly before it. All these times are before 25 April but for the clock of the log itself, whose dates
-    run up to an hour ahead of its times.
+    The lists' order is exact, their times were not kept. The j-th of a user's n watched videos (the list holds the
+    last 50 of n) gets the time ``start + (last - start) j / n``, start being the start of the log, 8 April, and last
+    the exact time of the last one. A liked video goes to its latest fitting place in the watched list; those too old
+    for the watched list are spread evenly before it. All these times are before 25 April but for the clock of the log
+    itself, whose dates run up to an hour ahead of its times.
 
 ``-124`` and ``UNKNOWN`` mean missing in the raw files, and are null in the views.
 """
@@ -67,6 +68,7 @@ LABELS = (
 LIST_LENGTH = 50
 """The newest so many videos of each list."""
 
+_KEY = ("time_ms", "user_id", "video_id")
 _LAST_HISTORY_DATE = 20220424
 _LOG_START_US = 1_649_347_200_000_000  # 2022-04-08T00:00+08:00
 _SECOND_US = 1_000_000
@@ -102,7 +104,7 @@ _USER_COLUMNS: dict[str, ColumnKind] = {
     "is_lowactive_period": "int",
     "is_live_streamer": "int",
     "is_video_author": "int",
-    **{name: "int" for name in _COUNTS},
+    **dict.fromkeys(_COUNTS, "int"),
     **{f"{name}_range": "text" for name in _COUNTS},
     **{f"onehot_feat{i}": "int" for i in range(18)},
 }
@@ -132,7 +134,7 @@ class _Placed(NamedTuple):
 
 
 def load_kuairand_pure(raw_dir: Path, output_dir: Path, progress: Progress | None = None) -> DatasetSummary:
-    """Reads the raw files and writes the views ``impressions``, ``events``, ``users`` and ``items``, and ``dataset.json``.
+    """Reads the raw files and writes the views and ``dataset.json``.
 
     Args:
         raw_dir: folder of the raw files, in either form.
@@ -152,7 +154,11 @@ def load_kuairand_pure(raw_dir: Path, output_dir: Path, progress: Progress | Non
     kept = log.unique().sort("time_ms", "user_id", "video_id", *(c for c in log.columns if c not in _KEY))
     users, videos = _read_users(raw_dir, rows_read, findings), _read_videos(raw_dir, rows_read, findings)
     impressions = kept.select(
-        "user_id", "video_id", (pl.col("time_ms") * 1000).alias("time"), "tab", *(pl.col(c).cast(pl.Int8) for c in LABELS)
+        "user_id",
+        "video_id",
+        (pl.col("time_ms") * 1000).alias("time"),
+        "tab",
+        *(pl.col(c).cast(pl.Int8) for c in LABELS),
     )
     events = _events(histories, impressions)
     _find(kept, histories, users, videos, findings)
@@ -174,22 +180,21 @@ def load_kuairand_pure(raw_dir: Path, output_dir: Path, progress: Progress | Non
     return summary
 
 
-_KEY = ("time_ms", "user_id", "video_id")
-
-
 def _read_log(raw_dir: Path, rows_read: dict[str, int]) -> pl.DataFrame:
     paths = sorted(raw_dir.glob("log_standard*.parquet")) or sorted(raw_dir.glob("log_standard*.csv"))
     if not paths:
         raise SourceError(
             f"{raw_dir} must hold log_standard*.parquet or log_standard*.csv",
-            hint="the public download names them log_standard_4_08_to_4_21_pure.csv and log_standard_4_22_to_5_08_pure.csv",
+            hint="in the public download: log_standard_4_08_to_4_21_pure.csv, log_standard_4_22_to_5_08_pure.csv",
         )
     parts = []
     for path in paths:
         part = read_table(path, _LOG_COLUMNS)
         for column in ("user_id", "video_id", "time_ms", "date"):
             if part[column].null_count():
-                raise SourceError(f"{path}: column {column} must have a value in every row, got {part[column].null_count()} null")
+                raise SourceError(
+                    f"{path}: column {column} must have a value in every row, got {part[column].null_count()} null"
+                )
         rows_read[path.name] = part.height
         parts.append(part)
     return pl.concat(parts)
@@ -230,7 +235,9 @@ def _read_users(raw_dir: Path, rows_read: dict[str, int], findings: dict[str, in
     users = read_table(raw_dir / USERS_FILE, _USER_COLUMNS)
     rows_read[USERS_FILE] = users.height
     findings["users with is_live_streamer -124, read as missing"] = int((users["is_live_streamer"] == -124).sum())
-    findings["users with user_active_degree UNKNOWN, read as missing"] = int((users["user_active_degree"] == "UNKNOWN").sum())
+    findings["users with user_active_degree UNKNOWN, read as missing"] = int(
+        (users["user_active_degree"] == "UNKNOWN").sum()
+    )
     return users.with_columns(
         pl.col("is_live_streamer").replace({-124: None}), pl.col("user_active_degree").replace({"UNKNOWN": None})
     )
@@ -252,7 +259,9 @@ def _read_videos(raw_dir: Path, rows_read: dict[str, int], findings: dict[str, i
 def _events(histories: pl.DataFrame, impressions: pl.DataFrame) -> pl.DataFrame:
     order = list(_TYPE_ORDER)
     parts = [
-        pl.DataFrame({"user_id": p.users, "video_id": p.videos, "time": p.times}).with_columns(pl.lit(kind).alias("type"))
+        pl.DataFrame({"user_id": p.users, "video_id": p.videos, "time": p.times}).with_columns(
+            pl.lit(kind).alias("type")
+        )
         for kind, p in _placed_lists(histories).items()
     ]
     for kind, label in (("click", "is_click"), ("long_view", "long_view"), ("like", "is_like")):
@@ -266,7 +275,9 @@ def _placed_lists(histories: pl.DataFrame) -> dict[str, _Placed]:
     """Gives every list entry a time; see the module's text for the rule."""
     lists = {name: histories[name].to_list() for name in ("watch_seq", "like_seq", "long_watch_seq")}
     placed: dict[str, list[tuple[int, int, int]]] = {"watch": [], "like": [], "long_watch": []}
-    for row, (user, length, last_ms) in enumerate(histories.select("user_id", "history_len", "last_time_ms").iter_rows()):
+    for row, (user, length, last_ms) in enumerate(
+        histories.select("user_id", "history_len", "last_time_ms").iter_rows()
+    ):
         watched = lists["watch_seq"][row]
         watch_times = spread_times(len(watched), length, last_ms * 1000)
         placed["watch"].extend(zip([user] * len(watched), watched, watch_times, strict=True))
@@ -300,8 +311,9 @@ def spread_times(count: int, length: int, last: int, *, start: int = _LOG_START_
 def place_among(videos: list[int], watched: list[int], watch_times: list[int], *, end: int, delay: int) -> list[int]:
     """Times of a list whose newer part is a part of the watched list, in the same order.
 
-    From the newest back, each video goes ``delay`` microseconds after its latest watch that keeps the order. The first that
-    finds none, and all older ones, are spread evenly between the start of the log and ``end``, the first watch.
+    From the newest back, each video goes ``delay`` microseconds after its latest watch that keeps the order. The
+    first that finds none, and all older ones, are spread evenly between the start of the log and ``end``, the first
+    watch.
 
     Example:
         >>> place_among([7, 5], [5, 6, 5], [10, 20, 30], end=10, delay=1)[-1]
@@ -329,7 +341,9 @@ def _find(
     findings["impressions that repeat user, video and time with another hour or feedback, kept"] = int(
         kept.select(*_KEY).is_duplicated().sum() - kept.filter(kept.select(*_KEY).is_duplicated()).n_unique(_KEY)
     )
-    findings["users with impressions and no history before 25 April"] = shown.join(histories, on="user_id", how="anti").height
+    findings["users with impressions and no history before 25 April"] = shown.join(
+        histories, on="user_id", how="anti"
+    ).height
     findings["users with impressions and no features"] = shown.join(users, on="user_id", how="anti").height
     findings["videos shown and without features"] = (
         kept.select("video_id").unique().join(videos, on="video_id", how="anti").height

@@ -1,19 +1,20 @@
 """MovieLens-1M: one million ratings of 3,706 films by 6,040 users.
 
-Source: Harper, Konstan, "The MovieLens Datasets: History and Context", TiiS 2015; https://grouplens.org/datasets/movielens/1m
-(research use). The raw folder holds ``ratings.dat``, ``users.dat`` and ``movies.dat``: fields between ``::``, Latin-1 text.
+Source: Harper, Konstan, "The MovieLens Datasets: History and Context", TiiS 2015;
+https://grouplens.org/datasets/movielens/1m (research use). The raw folder holds ``ratings.dat``, ``users.dat`` and
+``movies.dat``: fields between ``::``, Latin-1 text.
 
 Impressions
     One row a rating, in order of time. The schema's task makes the label of it: 1 if the rating is at least 4.
 
 Events
-    The same ratings, so that a rating's history is what the user rated strictly before it, with the rating as a feature of
-    each event.
+    The same ratings, so that a rating's history is what the user rated strictly before it, with the rating as a
+    feature of each event.
 
 Time
     Ratings have whole seconds, and users give many in one second; the rows of a user with the same second are in true
-    order. So the j-th of them, from 0, is written j microseconds later: times then increase strictly within a user, "strictly
-    before" sees the true order, and no rating moves to another second.
+    order. So the j-th of them, from 0, is written j microseconds later: times then increase strictly within a user,
+    "strictly before" sees the true order, and no rating moves to another second.
 
 Items
     Genres as a list. The year of release is taken out of the title, ``Toy Story (1995)``.
@@ -38,7 +39,7 @@ _SEPARATOR = "::"
 
 
 def load_movielens_1m(raw_dir: Path, output_dir: Path, progress: Progress | None = None) -> DatasetSummary:
-    """Reads the raw files and writes the views ``impressions``, ``events``, ``users`` and ``items``, and ``dataset.json``.
+    """Reads the raw files and writes the views and ``dataset.json``.
 
     Args:
         raw_dir: folder of the raw files.
@@ -51,7 +52,9 @@ def load_movielens_1m(raw_dir: Path, output_dir: Path, progress: Progress | None
     """
     raw_dir = Path(raw_dir)
     require_folder(raw_dir)
-    raw_ratings = _read_fields(raw_dir / RATINGS_FILE, {"user_id": True, "movie_id": True, "rating": True, "seconds": True})
+    raw_ratings = _read_fields(
+        raw_dir / RATINGS_FILE, {"user_id": True, "movie_id": True, "rating": True, "seconds": True}
+    )
     raw_users = _read_fields(
         raw_dir / USERS_FILE, {"user_id": True, "gender": False, "age": True, "occupation": True, "zip_code": False}
     )
@@ -69,8 +72,12 @@ def load_movielens_1m(raw_dir: Path, output_dir: Path, progress: Progress | None
     same_second = kept.select("user_id", "seconds").is_duplicated()
     findings = {
         "ratings in the same second as another of the same user, kept in the order of the file": int(same_second.sum()),
-        "users with ratings and no row in users.dat": ratings.join(users, on="user_id", how="anti")["user_id"].n_unique(),
-        "movies with ratings and no row in movies.dat": ratings.join(movies, on="movie_id", how="anti")["movie_id"].n_unique(),
+        "users with ratings and no row in users.dat": ratings.join(users, on="user_id", how="anti")[
+            "user_id"
+        ].n_unique(),
+        "movies with ratings and no row in movies.dat": ratings.join(movies, on="movie_id", how="anti")[
+            "movie_id"
+        ].n_unique(),
         "movies without a rating": movies.join(ratings, on="movie_id", how="anti").height,
         "movies without a year in the title": movies["year"].null_count(),
     }
@@ -114,9 +121,7 @@ def _read_fields(path: Path, columns: dict[str, bool]) -> pl.DataFrame:
             f" ({', '.join(columns)}), got {len(wrong['line'][0])}; {wrong.height} such lines",
             hint="the files of other MovieLens releases have other columns: this loader reads MovieLens-1M",
         )
-    table = fields.select(
-        "number", *(pl.col("line").list.get(i).alias(name) for i, name in enumerate(columns))
-    )
+    table = fields.select("number", *(pl.col("line").list.get(i).alias(name) for i, name in enumerate(columns)))
     for name, is_number in columns.items():
         if not is_number:
             continue

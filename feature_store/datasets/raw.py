@@ -47,7 +47,9 @@ def require_file(path: Path) -> None:
     if path.is_file():
         return
     if not path.parent.is_dir():
-        raise SourceError(f"raw folder {path.parent} does not exist", hint="give the folder that holds the unpacked raw files")
+        raise SourceError(
+            f"raw folder {path.parent} does not exist", hint="give the folder that holds the unpacked raw files"
+        )
     raise SourceError(f"{path} does not exist", hint=nearest(path.name, (p.name for p in path.parent.iterdir())))
 
 
@@ -58,7 +60,9 @@ def require_folder(folder: Path) -> None:
         SourceError: it is not.
     """
     if not folder.is_dir():
-        raise SourceError(f"raw folder {folder} does not exist", hint="give the folder that holds the unpacked raw files")
+        raise SourceError(
+            f"raw folder {folder} does not exist", hint="give the folder that holds the unpacked raw files"
+        )
 
 
 def _present(schema: Mapping[str, object], columns: Mapping[str, ColumnKind], path: Path) -> list[str]:
@@ -76,9 +80,11 @@ def _as_kind(column: pl.Series, kind: ColumnKind, path: Path) -> pl.Series:
     if kind == "text":
         return column.cast(pl.String)
     if column.null_count() == len(column):
-        return column.cast(pl.List(pl.Int64) if kind == "int_list" else pl.Int64 if kind == "int" else pl.Float64, strict=False)
+        return column.cast(
+            pl.List(pl.Int64) if kind == "int_list" else pl.Int64 if kind == "int" else pl.Float64, strict=False
+        )
     if kind == "int_list":
-        if isinstance(dtype, pl.List) and dtype.inner is not None and dtype.inner.is_integer():
+        if isinstance(dtype, pl.List) and dtype.inner.is_integer():
             return column.cast(pl.List(pl.Int64))
     elif kind == "number":
         if dtype.is_numeric():

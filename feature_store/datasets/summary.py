@@ -20,8 +20,8 @@ class DatasetSummary:
         rows_read: raw file name -> rows read from it.
         rows_written: view (impressions, events, users, items) -> rows written.
         repeats_dropped: impressions dropped because an exact copy was kept.
-        findings: what was odd in the raw files, in words -> how many rows, users or items it concerns. Nothing listed here
-            was dropped unless the words say so.
+        findings: what was odd in the raw files, in words -> how many rows, users or items it concerns. Nothing listed
+            here was dropped unless the words say so.
         num_events_by_type: event type -> rows, empty where events have no type.
     """
 

@@ -82,16 +82,16 @@ class PopularityCounter:
         return auc_of_counts(counts[1], counts[0])
 
 
-def auc_of_counts(positives: npt.NDArray[np.generic], negatives: npt.NDArray[np.generic]) -> float:
+def auc_of_counts(positives: npt.ArrayLike, negatives: npt.ArrayLike) -> float:
     """Area under the ROC curve of counts by bin, bins in increasing order of score; ties count half.
 
     Example:
-        >>> auc_of_counts(np.array([1, 3]), np.array([2, 2]))  # (1 * 2/2 + 3 * (2 + 2/2)) / (4 * 4)
+        >>> auc_of_counts([1, 3], [2, 2])  # (1 * 2/2 + 3 * (2 + 2/2)) / (4 * 4)
         0.625
     """
-    positives, negatives = np.asarray(positives, dtype=np.float64), np.asarray(negatives, dtype=np.float64)
-    pairs = positives.sum() * negatives.sum()
+    clicks, others = np.asarray(positives, dtype=np.float64), np.asarray(negatives, dtype=np.float64)
+    pairs = clicks.sum() * others.sum()
     if pairs == 0:
         return float("nan")
-    below = np.cumsum(negatives) - negatives
-    return float((positives * (below + 0.5 * negatives)).sum() / pairs)
+    below = np.cumsum(others) - others
+    return float((clicks * (below + 0.5 * others)).sum() / pairs)

@@ -14,8 +14,8 @@ class SimulatorConfig(Config):
     """A click log of any size with a known answer.
 
     Sizes that are not given follow from ``num_impressions`` so that ids stay learnable at every size: 64 impressions a
-    user, and ``num_impressions ** 0.6`` items (200 thousand impressions: 3,125 users and 1,516 items; 100 million: 1.6 million
-    users and 63 thousand items).
+    user, and ``num_impressions ** 0.6`` items (200 thousand impressions: 3,125 users and 1,516 items; 100 million:
+    1.6 million users and 63 thousand items).
 
     Example:
         >>> SimulatorConfig(num_impressions=200_000).resolved().num_items
@@ -27,7 +27,9 @@ class SimulatorConfig(Config):
     num_items: int | None = Field(None, ge=120, description="num_impressions ** 0.6 if not given")
     seed: int = Field(0, ge=0, lt=2**63)
 
-    start_time: str = Field("2025-01-06T00:00:00+00:00", description="start of the impressions, ISO 8601 with an offset")
+    start_time: str = Field(
+        "2025-01-06T00:00:00+00:00", description="start of the impressions, ISO 8601 with an offset"
+    )
     num_days: int = Field(14, ge=1, le=3650, description="length of the impression log")
     warm_up_days: int = Field(14, ge=1, le=3650, description="events before the first impression")
     warm_up_clicks_per_user: float = Field(30.0, ge=0, le=10_000, description="mean over users")
@@ -35,7 +37,9 @@ class SimulatorConfig(Config):
 
     min_candidates: int = Field(10, ge=1, le=1000)
     max_candidates: int = Field(50, ge=1, le=1000)
-    retrieved_share: float = Field(0.5, ge=0, le=1, description="candidates from the user's interests; the rest by popularity")
+    retrieved_share: float = Field(
+        0.5, ge=0, le=1, description="candidates from the user's interests; the rest by popularity"
+    )
 
     num_categories: int = Field(24, ge=2, le=10_000)
     topics_per_category: int = Field(5, ge=1, le=1000, description="hidden: what an item is about inside its category")
@@ -58,11 +62,15 @@ class SimulatorConfig(Config):
     item_effect: float = Field(0.5, ge=0, le=10, description="standard deviation of the item's own logit")
     user_effect: float = Field(0.3, ge=0, le=10, description="standard deviation of the user's own logit")
     position_effect: float = Field(0.6, ge=0, le=10, description="logit lost from the first place to the 50th")
-    context_effect: float = Field(0.25, ge=0, le=10, description="standard deviation of hour x category, device x category")
+    context_effect: float = Field(
+        0.25, ge=0, le=10, description="standard deviation of hour x category, device x category"
+    )
 
     missing_rate: float = Field(0.04, ge=0, lt=1, description="null attributes")
     missing_entity_rate: float = Field(0.005, ge=0, lt=1, description="users and items without a row in their view")
-    rows_per_file: int = Field(4_000_000, ge=10_000, description="larger views are folders of files of about so many rows")
+    rows_per_file: int = Field(
+        4_000_000, ge=10_000, description="larger views are folders of files of about so many rows"
+    )
 
     @field_validator("start_time")
     @classmethod
@@ -90,7 +98,9 @@ class SimulatorConfig(Config):
             )
         items = self.resolved_num_items
         if items < 2 * self.max_candidates:
-            raise ValueError(f"num_items must be at least twice max_candidates ({2 * self.max_candidates}), got {items}")
+            raise ValueError(
+                f"num_items must be at least twice max_candidates ({2 * self.max_candidates}), got {items}"
+            )
         if items < self.num_topics:
             raise ValueError(
                 f"num_items must be at least num_categories x topics_per_category ({self.num_topics}), got {items}"

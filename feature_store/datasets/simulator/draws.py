@@ -1,7 +1,7 @@
 """Random numbers that depend on what they are for, never on the order in which they are asked for.
 
-Two kinds: a generator for each block of work (:func:`block_generator`), and hashes of counters (:func:`uniform`), by which
-any user's interests at any time can be looked up without simulating what came before.
+Two kinds: a generator for each block of work (:func:`block_generator`), and hashes of counters (:func:`uniform`), by
+which any user's interests at any time can be looked up without simulating what came before.
 """
 
 from __future__ import annotations
@@ -51,4 +51,5 @@ def _mix(word: Words) -> Words:
 def sample_cumulative(cumulative: Floats, uniforms: Floats) -> Ints:
     """Positions drawn with the probabilities behind ``cumulative`` (increasing, last value = total)."""
     positions = np.searchsorted(cumulative, uniforms * cumulative[-1], side="right")
-    return np.minimum(positions, len(cumulative) - 1)
+    within: Ints = np.minimum(positions, len(cumulative) - 1)
+    return within

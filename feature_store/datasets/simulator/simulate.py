@@ -14,7 +14,14 @@ import numpy as np
 from feature_store.datasets.folder import views_folder, write_json
 from feature_store.datasets.simulator.ceiling import Ceiling, CeilingCounter, PopularityCounter
 from feature_store.datasets.simulator.config import SimulatorConfig
-from feature_store.datasets.simulator.traffic import EVENT_TYPES, REQUESTS_PER_BLOCK, Block, Events, Traffic, empty_block
+from feature_store.datasets.simulator.traffic import (
+    EVENT_TYPES,
+    REQUESTS_PER_BLOCK,
+    Block,
+    Events,
+    Traffic,
+    empty_block,
+)
 from feature_store.datasets.simulator.views import (
     EventSorter,
     ViewWriter,
@@ -72,10 +79,10 @@ def simulate(
 ) -> SimulationSummary:
     """Writes ``impressions``, ``truth``, ``events``, ``users`` and ``items`` (``.parquet``) and ``simulation.json``.
 
-    Impressions are in the order of time, the rows of a request are contiguous, and ``truth.parquet`` has a row for each, in
-    the same order. Views above ``rows_per_file`` rows are folders of files; impressions and truth then have the same parts.
-    The same configuration gives the same bytes (with the same versions of numpy and pyarrow), whatever ``workers`` is. Memory
-    is O(users + items + one block a worker), whatever the number of impressions.
+    Impressions are in the order of time, the rows of a request are contiguous, and ``truth.parquet`` has a row for
+    each, in the same order. Views above ``rows_per_file`` rows are folders of files; impressions and truth then have
+    the same parts. The same configuration gives the same bytes (with the same versions of numpy and pyarrow),
+    whatever ``workers`` is. Memory is O(users + items + one block a worker), whatever the number of impressions.
 
     Args:
         config: what to simulate.

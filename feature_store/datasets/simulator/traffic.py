@@ -48,6 +48,10 @@ class Events(NamedTuple):
     types: npt.NDArray[np.int8]
     dwell_s: Float32s
 
+    def select(self, rows: Ints | slice | npt.NDArray[np.bool_]) -> Events:
+        """Some of them."""
+        return Events(self.users[rows], self.items[rows], self.times[rows], self.types[rows], self.dwell_s[rows])
+
 
 @dataclasses.dataclass(frozen=True)
 class Block:
@@ -67,7 +71,7 @@ class Block:
 
     @property
     def request_of_row(self) -> Ints:
-        """(N,)"""
+        """Position of each impression's request, (N,)."""
         return np.repeat(np.arange(len(self.sizes)), self.sizes)
 
 
@@ -81,7 +85,8 @@ def empty_block() -> Block:
 class Clock:
     """Turns places in the order of the traffic into times, by the daily rhythm.
 
-    ``times(fractions)`` is increasing in the fraction, so the r-th of R requests gets a time in order without any sorting.
+    ``times(fractions)`` is increasing in the fraction, so the r-th of R requests gets a time in order without any
+    sorting.
     """
 
     def __init__(self, start_us: int, num_days: int) -> None:
@@ -109,14 +114,16 @@ class Traffic:
     def __init__(self, world: World) -> None:
         config = world.config
         self.world = world
-        self.request_sizes = _request_sizes(config.seed, config.num_impressions, config.min_candidates, config.max_candidates)
+        self.request_sizes = _request_sizes(
+            config.seed, config.num_impressions, config.min_candidates, config.max_candidates
+        )
         self.num_requests = len(self.request_sizes)
         self.num_blocks = -(-self.num_requests // REQUESTS_PER_BLOCK)
         self.num_warm_up_clicks = round(config.warm_up_clicks_per_user * len(world.users))
         self.num_warm_up_blocks = -(-self.num_warm_up_clicks // WARM_UP_CLICKS_PER_BLOCK)
         self._clock = Clock(config.start_time_us, config.num_days)
         self._warm_up_clock = Clock(config.start_time_us - config.warm_up_days * _DAY_US, config.warm_up_days)
-        self._intercept = self._solve_intercept()
+        self.intercept = self._solve_intercept()
 
     def block_start(self, block: int) -> int:
         """A time not after any event of this block or a later one."""
@@ -139,7 +146,9 @@ class Traffic:
         times = self._clock.times(orders / self.num_requests)
         users = draws.sample_cumulative(world.users.cumulative_activity, generator.random(num_requests))
         other_device = draws.sample_cumulative(np.cumsum(DEVICE_SHARES), generator.random(num_requests))
-        devices = np.where(generator.random(num_requests) < _SAME_DEVICE_SHARE, world.users.devices[users], other_device)
+        devices = np.where(
+            generator.random(num_requests) < _SAME_DEVICE_SHARE, world.users.devices[users], other_device
+        )
         interests = world.interests(users, self._days(times))
 
         request_of_row = np.repeat(np.arange(num_requests), sizes)
@@ -147,7 +156,7 @@ class Traffic:
         items = self._candidates(generator, interests, request_of_row)
         affinity = world.affinity(interests, request_of_row, items)
         logits = self._logits(users, times, devices, request_of_row, items, affinity, places)
-        probabilities = 1.0 / (1.0 + np.exp(-(logits + self._intercept)))
+        probabilities = 1.0 / (1.0 + np.exp(-(logits + self.intercept)))
         clicks = generator.random(num_rows) < probabilities
         likes, purchases = self._follow_ups(generator, clicks, affinity)
         times_of_row = times[request_of_row]
@@ -159,13 +168,16 @@ class Traffic:
     def warm_up(self, block: int) -> Events:
         """Events before the impressions: at each click the user saw some items of their interests and chose one.
 
-        The choice is by the odds of the true click probabilities (without place and device, which were not logged then).
+        The choice is by the odds of the true click probabilities (without place and device, which were not logged
+        then).
         """
         world, config = self.world, self.world.config
         first = block * WARM_UP_CLICKS_PER_BLOCK
         count = min(WARM_UP_CLICKS_PER_BLOCK, self.num_warm_up_clicks - first)
         generator = draws.block_generator(config.seed, draws.WARM_UP, block)
-        times = self._warm_up_clock.times((first + np.arange(count) + generator.random(count)) / self.num_warm_up_clicks)
+        times = self._warm_up_clock.times(
+            (first + np.arange(count) + generator.random(count)) / self.num_warm_up_clicks
+        )
         by_activity = draws.sample_cumulative(world.users.cumulative_activity, generator.random(count))
         anyone = np.floor(generator.random(count) * len(world.users)).astype(np.int64)
         users = np.where(generator.random(count) < 0.5, by_activity, anyone)
@@ -186,11 +198,10 @@ class Traffic:
         seen = times[click_of_row] + (generator.random(len(items)) * 60 * _SECOND_US).astype(np.int64)
         views = ~clicks & (generator.random(len(items)) < _VIEW_RATE)
         events = self._events(generator, users[click_of_row], items, seen, affinity, views, clicks, likes, purchases)
-        before = events.times < config.start_time_us
-        return Events(*(column[before] for column in events))
+        return events.select(events.times < config.start_time_us)
 
     def _candidates(self, generator: np.random.Generator, interests: Interests, request_of_row: Ints) -> Ints:
-        """Different items for each request: some by popularity in the categories of the interests, the rest by popularity."""
+        """Items (N,), no two equal in a request: some from the categories of the interests, all by popularity."""
         items, config = self.world.items, self.world.config
         num_rows = len(request_of_row)
         slots = np.floor(generator.random(num_rows) * interests.topics.shape[1]).astype(np.int64)
@@ -207,7 +218,14 @@ class Traffic:
         return positions
 
     def _logits(
-        self, users: Ints, times: Ints, devices: Ints, request_of_row: Ints, items: Ints, affinity: Float32s, places: Ints
+        self,
+        users: Ints,
+        times: Ints,
+        devices: Ints,
+        request_of_row: Ints,
+        items: Ints,
+        affinity: Float32s,
+        places: Ints,
     ) -> Floats:
         """True logits without the intercept, (N,)."""
         world, config = self.world, self.world.config
@@ -264,7 +282,7 @@ class Traffic:
         """The intercept that gives the expected click rate on requests drawn for this purpose, by bisection."""
         config = self.world.config
         sizes = self.request_sizes[:REQUESTS_PER_BLOCK].astype(np.int64)
-        self._intercept = 0.0
+        self.intercept = 0.0
         sample = self._requests(draws.block_generator(config.seed, draws.SAMPLE), 0, sizes)
         # Spread over the whole log: the sample's own times cover only its first requests.
         times = self._clock.times((np.arange(len(sizes)) + 0.5) / len(sizes))
@@ -285,20 +303,26 @@ class Traffic:
 
 def concatenate(parts: list[Events]) -> Events:
     """One after the other."""
-    return Events(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
+    return Events(
+        users=np.concatenate([part.users for part in parts]),
+        items=np.concatenate([part.items for part in parts]),
+        times=np.concatenate([part.times for part in parts]),
+        types=np.concatenate([part.types for part in parts]),
+        dwell_s=np.concatenate([part.dwell_s for part in parts]),
+    )
 
 
 def in_order(events: Events) -> Events:
     """By time, then user, item and type: a total order, so equal sets of events give equal bytes."""
-    order = np.lexsort((events.types, events.items, events.users, events.times))
-    return Events(*(column[order] for column in events))
+    return events.select(np.lexsort((events.types, events.items, events.users, events.times)))
 
 
 def _repeats(keys: Ints) -> Ints:
     """Positions of every value's second and later occurrences."""
     order = np.argsort(keys, kind="stable")
     ordered = keys[order]
-    return order[1:][ordered[1:] == ordered[:-1]]
+    repeated: Ints = order[1:][ordered[1:] == ordered[:-1]]
+    return repeated
 
 
 def _request_sizes(seed: int, num_impressions: int, smallest: int, largest: int) -> npt.NDArray[np.uint16]:

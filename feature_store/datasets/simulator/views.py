@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +22,7 @@ _ITEMS_PER_BRAND = 12
 _GENERIC_TAGS = ("new", "sale", "classic", "limited", "trending", "handmade", "premium", "basic")
 _TOPIC_TAG_SHARE = 0.5
 _DECLARED_SHARE = 0.4
+_GROWING = ("time", "request_id")
 
 
 def impressions_table(world: World, block: Block, first_request: int, block_number: int) -> pa.Table:
@@ -35,7 +37,7 @@ def impressions_table(world: World, block: Block, first_request: int, block_numb
             "user_id": pa.array(world.users.ids[block.users][rows]),
             "item_id": pa.array(world.items.ids[block.items]),
             "time": pa.array(block.times[rows]),
-            "device": _text(DEVICES, block.devices, device_missing).take(pa.array(rows)),
+            "device": _text(DEVICES, block.devices[rows], device_missing[rows]),
             "position": pa.array(1 + block.places, mask=generator.random(len(rows)) < config.missing_rate),
             "is_click": pa.array(block.clicks.astype(np.int8)),
             "is_like": pa.array(block.likes.astype(np.int8)),
@@ -51,14 +53,15 @@ def truth_table(block: Block) -> pa.Table:
 
 def events_table(world: World, events: Events) -> pa.Table:
     """Events in the order given."""
+    kinds = events.types.astype(np.int64)
     # A hash of what the event is, so that the same event has no dwell time however the events are cut into tables.
-    missing = draws.uniform(world.config.seed, draws.MISSING, events.users, events.items, events.times, events.types)
+    missing = draws.uniform(world.config.seed, draws.MISSING, events.users, events.items, events.times, kinds)
     return pa.table(
         {
             "user_id": pa.array(world.users.ids[events.users]),
             "item_id": pa.array(world.items.ids[events.items]),
             "time": pa.array(events.times),
-            "type": _text(EVENT_TYPES, events.types.astype(np.int64)),
+            "type": _text(EVENT_TYPES, kinds),
             "dwell_s": pa.array(events.dwell_s, mask=missing < world.config.missing_rate),
         }
     )
@@ -67,8 +70,8 @@ def events_table(world: World, events: Events) -> pa.Table:
 def users_tables(world: World) -> Iterator[pa.Table]:
     """The users view, a row group at a time. Some users have no row, some attributes are null.
 
-    ``declared_categories`` is what a user once said to like: the categories of the interests at the start of the warm-up, if
-    the user said anything at all.
+    ``declared_categories`` is what a user once said to like: the categories of the interests at the start of the
+    warm-up, if the user said anything at all.
     """
     config, users = world.config, world.users
     cities = np.cumsum(1.0 / np.arange(1, _NUM_CITIES + 1))
@@ -85,7 +88,9 @@ def users_tables(world: World) -> Iterator[pa.Table]:
         yield pa.table(
             {
                 "user_id": pa.array(users.ids[u]),
-                "age_group": _text(AGE_GROUPS, segments // len(GENDERS), _missing(config.seed, 2, u, 2 * config.missing_rate)),
+                "age_group": _text(
+                    AGE_GROUPS, segments // len(GENDERS), _missing(config.seed, 2, u, 2 * config.missing_rate)
+                ),
                 "gender": _text(GENDERS, segments % len(GENDERS), _missing(config.seed, 3, u, config.missing_rate)),
                 "city": pa.array(
                     1 + draws.sample_cumulative(cities, _draw(config.seed, 4, u)),
@@ -112,17 +117,22 @@ def items_tables(world: World) -> Iterator[pa.Table]:
         generic = np.floor(_draw(config.seed, 11, i) * len(_GENERIC_TAGS)).astype(np.int64)
         tags = np.stack([items.topics[i], config.num_topics + generic], axis=1)
         tagged = np.stack([_draw(config.seed, 12, i) < _TOPIC_TAG_SHARE, _draw(config.seed, 13, i) < 0.6], axis=1)
-        brand = categories * brands_per_category + np.floor(_draw(config.seed, 14, i) * brands_per_category).astype(np.int64)
+        brand = categories * brands_per_category + np.floor(_draw(config.seed, 14, i) * brands_per_category).astype(
+            np.int64
+        )
         yield pa.table(
             {
                 "item_id": pa.array(items.ids[i]),
                 "category": _text(
-                    _category_names(config.num_categories), categories, _missing(config.seed, 15, i, config.missing_rate / 4)
+                    _category_names(config.num_categories),
+                    categories,
+                    _missing(config.seed, 15, i, config.missing_rate / 4),
                 ),
                 "brand": pa.array(1000 + brand, mask=_missing(config.seed, 16, i, config.missing_rate)),
                 "tags": _lists(topic_tags + _GENERIC_TAGS, tags, tagged),
                 "price": pa.array(
-                    np.round(items.prices[i], 2).astype(np.float64), mask=_missing(config.seed, 17, i, config.missing_rate)
+                    np.round(items.prices[i], 2).astype(np.float64),
+                    mask=_missing(config.seed, 17, i, config.missing_rate),
                 ),
                 "age_days": pa.array(np.floor(-200.0 * np.log1p(-_draw(config.seed, 18, i))).astype(np.int64)),
             }
@@ -145,16 +155,15 @@ class EventSorter:
             return None
         held = in_order(concatenate(self._held))
         end = len(held.times) if time is None else int(np.searchsorted(held.times, time))
-        rest = Events(*(column[end:] for column in held))
-        self._held = [rest] if len(rest.times) else []
-        return Events(*(column[:end] for column in held)) if end else None
+        self._held = [held.select(slice(end, None))] if end < len(held.times) else []
+        return held.select(slice(end)) if end else None
 
 
 class ViewWriter:
     """Writes a view of any size: one file if it is small, a folder of files of the same name if not.
 
-    Files change between tables, so that two views written with the same tables and the same ``rows_per_file`` have the same
-    parts.
+    Files change between tables, so that two views written with the same tables and the same ``rows_per_file`` have
+    the same parts.
     """
 
     def __init__(self, path: Path, schema: pa.Schema, *, rows_per_file: int) -> None:
@@ -186,10 +195,14 @@ class ViewWriter:
 
     def _open_part(self) -> None:
         path = self._parts / _part_name(self._num_parts)
-        # Dictionaries pay where values repeat; a probability or a time hardly ever does.
-        repeating = [f.name for f in self._schema if not pa.types.is_floating(f.type) and f.name not in ("time", "request_id")]
+        # A dictionary pays where values repeat all over a file, not for numbers that only grow or hardly ever repeat.
+        repeating = [f.name for f in self._schema if not pa.types.is_floating(f.type) and f.name not in _GROWING]
         self._writer = pq.ParquetWriter(
-            path, self._schema, compression="zstd", compression_level=1, use_dictionary=[n for n in repeating if n != "tags"]
+            path,
+            self._schema,
+            compression="zstd",
+            compression_level=1,
+            use_dictionary=repeating,  # type: ignore[arg-type]
         )
         self._num_parts += 1
         self._rows_in_part = 0
@@ -211,14 +224,16 @@ def _missing(seed: int, purpose: int, positions: Ints, rate: float) -> npt.NDArr
     return _draw(seed, 100 + purpose, positions) < rate
 
 
-def _text(names: tuple[str, ...], positions: Ints, missing: npt.NDArray[np.bool_] | None = None) -> pa.StringArray:
-    return pa.array(names, pa.string()).take(pa.array(positions, mask=missing))
+def _text(names: tuple[str, ...], positions: Ints, missing: npt.NDArray[np.bool_] | None = None) -> Any:
+    taken: Any = pa.array(positions, mask=missing)
+    return pa.array(names, pa.string()).take(taken)
 
 
-def _lists(names: tuple[str, ...], positions: Ints, kept: npt.NDArray[np.bool_]) -> pa.ListArray:
-    """List column from a matrix of positions and a matrix of which of them are kept; rows with none are empty or null."""
+def _lists(names: tuple[str, ...], positions: Ints, kept: npt.NDArray[np.bool_]) -> Any:
+    """List column of the positions that are kept of a matrix of them; rows with none are empty or null."""
     lengths = kept.sum(axis=1)
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
     # Every second row without values is null instead of empty: readers meet both.
-    is_null = (lengths == 0) & (np.arange(len(lengths)) % 2 == 0)
-    return pa.ListArray.from_arrays(pa.array(offsets), _text(names, positions[kept]), mask=pa.array(is_null))
+    is_null: Any = pa.array((lengths == 0) & (np.arange(len(lengths)) % 2 == 0))
+    starts: Any = pa.array(offsets)
+    return pa.ListArray.from_arrays(starts, _text(names, positions[kept]), mask=is_null)

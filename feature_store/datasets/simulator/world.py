@@ -1,16 +1,17 @@
 r"""The simulated world: items, users, and what makes a user click.
 
-Every item has a hidden unit vector :math:`z_i`, close to its topic's vector, which is close to its category's. A user has
-several interests at a time. Interest :math:`k` is a topic with vector :math:`v_k` and a strength :math:`s_k`; it lasts for some
-days, then another takes its place. The true click probability of item :math:`i` shown to user :math:`u` at place :math:`j` is
+Every item has a hidden unit vector :math:`z_i`, close to its topic's vector, which is close to its category's. A user
+has several interests at a time. Interest :math:`k` is a topic with vector :math:`v_k` and a strength :math:`s_k`; it
+lasts for some days, then another takes its place. The true click probability of item :math:`i` shown to user
+:math:`u` at place :math:`j` is
 
 .. math::
     \sigma\Big(b + A \sum_k s_k e^{\kappa (v_k \cdot z_i - 1)} + q_i + b_u - P \frac{\log(1 + j)}{\log 50}
     + c_{\text{hour}, \text{category}} + c_{\text{device}, \text{category}} + c_{\text{device}} + c_{\text{hour}}\Big)
 
-with places from 0, and the intercept :math:`b` such that the expected click rate is the configured one. The sum is large if
-*some* interest is close to the item. So a model must compare the candidate with each past click; the mean of the past clicks
-lies between the interests and says little.
+with places from 0, and the intercept :math:`b` such that the expected click rate is the configured one. The sum is
+large if *some* interest is close to the item. So a model must compare the candidate with each past click; the mean of
+the past clicks lies between the interests and says little.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ class Interests(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Items:
-    """Items in order of their category. A *position* in these arrays is what the simulation uses; ``ids`` is what it writes."""
+    """Items in order of their category. The simulation uses *positions* in these arrays; it writes ``ids``."""
 
     ids: Ints
     categories: Ints
@@ -67,7 +68,7 @@ class Items:
 
 @dataclasses.dataclass(frozen=True)
 class Users:
-    """Users by position; ``ids`` is what the simulation writes."""
+    """Users. The simulation uses *positions* in these arrays; it writes ``ids``."""
 
     ids: Ints
     segments: Ints
@@ -99,13 +100,15 @@ class World:
     def interests(self, users: Ints, times_days: Floats) -> Interests:
         """Interests of users (R,) at times (R,), in days since the start of the impressions, negative before it.
 
-        Interest k of a user is renewed each ``interest_lifetimes_days[k]`` times a factor in [0.5, 1.5) of the user's own.
-        Nothing is simulated: renewal number n of (user, k) is a hash, so any time can be asked for in any order.
+        Interest k of a user is renewed each ``interest_lifetimes_days[k]`` times a factor in [0.5, 1.5) of the user's
+        own. Nothing is simulated: renewal number n of (user, k) is a hash, so any time can be asked for in any order.
         """
         config, seed = self.config, self.config.seed
         slots = np.arange(len(config.interest_lifetimes_days))
         user, slot = users[:, None], slots[None, :]
-        lifetimes = np.asarray(config.interest_lifetimes_days) * (0.5 + draws.uniform(seed, draws.INTEREST, 0, user, slot))
+        lifetimes = np.asarray(config.interest_lifetimes_days) * (
+            0.5 + draws.uniform(seed, draws.INTEREST, 0, user, slot)
+        )
         phases = draws.uniform(seed, draws.INTEREST, 1, user, slot)
         since_warm_up = times_days[:, None] + config.warm_up_days
         renewals = np.floor(since_warm_up / lifetimes + phases).astype(np.int64)
@@ -114,12 +117,18 @@ class World:
         preferred = draws.sample_cumulative(self.segment_categories, (self.users.segments[user] + place) / SEGMENTS)
         any_category = np.floor(place * config.num_categories).astype(np.int64)
         categories = np.where(by_segment, preferred % config.num_categories, any_category)
-        inside = draws.uniform(seed, draws.INTEREST, 4, user, slot, renewals)
-        topics = categories * config.topics_per_category + np.floor(inside * config.topics_per_category).astype(np.int64)
+        inside = draws.uniform(seed, draws.INTEREST, 4, user, slot, renewals) * config.topics_per_category
+        topics = categories * config.topics_per_category + np.floor(inside).astype(np.int64)
         return Interests(topics, 0.5 + 0.5 * draws.uniform(seed, draws.INTEREST, 5, user, slot, renewals))
 
     def affinity(self, interests: Interests, request_of_row: Ints, items: Ints) -> Float32s:
-        """:math:`\\sum_k s_k e^{\\kappa (v_k \\cdot z_i - 1)}` of rows (N,): item positions shown in requests (N,) of R."""
+        r"""Closeness of items to interests, :math:`\sum_k s_k e^{\kappa (v_k \cdot z_i - 1)}`, (N,).
+
+        Args:
+            interests: of R requests.
+            request_of_row: (N,)
+            items: (N,) positions.
+        """
         latents = self.items.latents[items]
         sharpness = np.float32(self.config.interest_sharpness)
         total = np.zeros(len(items), dtype=np.float32)
@@ -139,7 +148,7 @@ def build_world(config: SimulatorConfig) -> World:
     topic_latents = _unit(np.repeat(centres, config.topics_per_category, axis=0) + config.topic_spread * around)
     items = _build_items(config, topic_latents)
     preferences = np.exp(generator.standard_normal((SEGMENTS, config.num_categories)))
-    cumulative = np.cumsum(preferences / preferences.sum(axis=1, keepdims=True), axis=1)
+    cumulative: Floats = np.cumsum(preferences / preferences.sum(axis=1, keepdims=True), axis=1)
     cumulative[:, -1] = 1.0
     dayparts = 24 // HOURS_PER_DAYPART
     daypart_category = config.context_effect * generator.standard_normal((dayparts, config.num_categories))
@@ -149,7 +158,7 @@ def build_world(config: SimulatorConfig) -> World:
         items=items,
         users=_build_users(config),
         topic_latents=topic_latents.astype(np.float32),
-        segment_categories=(cumulative + np.arange(SEGMENTS)[:, None]).ravel(),
+        segment_categories=(cumulative + np.arange(SEGMENTS, dtype=np.float64)[:, None]).ravel(),
         daypart_category=daypart_category.astype(np.float32),
         device_category=device_category.astype(np.float32),
         hour_logits=(config.context_effect * np.sin(2 * np.pi * (np.arange(24) - 14) / 24)).astype(np.float32),
@@ -203,7 +212,8 @@ def _build_users(config: SimulatorConfig) -> Users:
 
 
 def _unit(vectors: Floats) -> Floats:
-    return vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)
+    unit: Floats = vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)
+    return unit
 
 
 def _standardised(values: Floats) -> Floats:
