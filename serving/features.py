@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -128,6 +128,18 @@ class SnapshotFeatures:
         if self.has_items:
             _ = self._items
         _ = self._logs
+
+    def some_users(self, n: int) -> list[Any]:
+        """Keys of the first ``n`` users."""
+        return self._some(self._users, n) if self.has_users else []
+
+    def some_items(self, n: int) -> list[Any]:
+        """Keys of the first ``n`` items."""
+        return self._some(self._items, n) if self.has_items else []
+
+    def _some(self, entities: _Entities, n: int) -> list[Any]:
+        keys: list[Any] = entities.index.keys.slice(1, n).to_pylist()  # row 0 is the unknown one
+        return keys
 
     @cached_property
     def _users(self) -> _Entities:

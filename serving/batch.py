@@ -1,0 +1,262 @@
+"""Batch scoring: impressions in Parquet files to the same files with a probability a task.
+
+Files are read and written in pieces, so memory does not grow with them. The output appears complete or not at all.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import time as clock
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from recsys.errors import ConfigError, SourceError
+from serving.frames import FrameReader, score_table
+from serving.scorer import Scorer
+
+_ROW_GROUP = 131_072
+"""Rows of a row group of the output."""
+_LONGEST_REQUEST = 1_000_000
+"""Rows; a request longer than that is scored in pieces."""
+
+
+@dataclass(frozen=True)
+class BatchSummary:
+    """What batch scoring did.
+
+    Attributes:
+        output: the file or folder written.
+        rows: scored.
+        columns: names of the added columns.
+        rows_with_unknown_user: rows whose user is not stored.
+        rows_with_unknown_item: rows whose item is not stored.
+        seconds: time taken.
+    """
+
+    output: str
+    rows: int
+    columns: tuple[str, ...]
+    rows_with_unknown_user: int
+    rows_with_unknown_item: int
+    seconds: float
+
+    @property
+    def rows_per_s(self) -> float:
+        """Rows scored a second."""
+        return self.rows / self.seconds if self.seconds > 0 else 0.0
+
+
+def score_parquet(
+    scorer: Scorer,
+    input_path: str | Path,
+    output: str | Path,
+    *,
+    batch_size: int = 4096,
+    column: str = "score_{task}",
+    progress: bool = False,
+) -> BatchSummary:
+    """Scores impressions.
+
+    Every column of the input is kept, rows keep their order, and one float64 column a task is added. Users, items and histories
+    come from the scorer's stored features; columns of users or items in the input count only where none are stored.
+
+    Args:
+        scorer: the model and its stored features.
+        input_path: a Parquet file, or a folder of them, in the form of the schema's impressions view.
+        output: a file, or for a folder a folder with the same parts; ``name.parquet`` joins the parts of a folder in one file.
+        batch_size: rows scored at once, about.
+        column: name of the added columns; ``{task}`` stands for the task.
+        progress: whether to show a progress bar on stderr.
+
+    Raises:
+        SourceError: a file is missing or cannot be read, or lacks a column.
+        ConfigError: the output is the input, or an added column is there already.
+    """
+    began = clock.perf_counter()
+    source, target = Path(input_path), Path(output)
+    files = _files(source)
+    if target.exists() and target.resolve() in {source.resolve(), *(f.resolve() for f in files)}:
+        raise ConfigError(f"output must not be the input, got {target} for both")
+    added = tuple(column.format(task=task) for task in scorer.artifact.tasks)
+    if len(set(added)) < len(added):
+        raise ConfigError(f"column must tell the tasks apart, got {column!r}", hint="write {task} in it")
+    totals = np.zeros(3, np.int64)
+    features = scorer.assembler.features
+    is_stored = getattr(features, "has_users", True) and getattr(features, "has_items", True)
+    reader = FrameReader(scorer.artifact.schema, reads_entities=not is_stored, is_complete=True)
+    num_rows = sum(_open(f).metadata.num_rows for f in files)
+    for file in files:
+        _check(file, reader, added)
+    with _progress(num_rows, shown=progress) as advance:
+        if source.is_dir() and target.suffix != ".parquet":
+            with _new_folder(target) as draft:
+                for file in files:
+                    part = draft / file.relative_to(source)
+                    part.parent.mkdir(parents=True, exist_ok=True)
+                    totals += _score_files([file], part, scorer, reader, added, batch_size, advance)
+        else:
+            with _new_file(target) as draft:
+                totals += _score_files(files, draft, scorer, reader, added, batch_size, advance)
+    seconds = clock.perf_counter() - began
+    return BatchSummary(str(target), int(totals[0]), added, int(totals[1]), int(totals[2]), round(seconds, 3))
+
+
+def _score_files(
+    files: list[Path],
+    target: Path,
+    scorer: Scorer,
+    reader: FrameReader,
+    added: tuple[str, ...],
+    batch_size: int,
+    advance: Callable[[int], None],
+) -> np.ndarray:
+    """Scores files one after the other into one; returns rows, rows with unknown users, rows with unknown items."""
+    totals = np.zeros(3, np.int64)
+    schema = _open(files[0]).schema_arrow
+    for name in added:
+        schema = schema.append(pa.field(name, pa.float64()))
+    with pq.ParquetWriter(target, schema, compression="zstd") as writer:
+        waiting: list[pa.Table] = []
+        for file in files:
+            for table in _pieces(file, batch_size, reader.schema.views.impressions.request):
+                scores = score_table(scorer, table, reader, source=str(file), batch_size=batch_size)
+                for position, name in enumerate(added):
+                    table = table.append_column(name, pa.array(scores.probabilities[:, position]))
+                try:
+                    waiting.append(table.cast(schema))
+                except (pa.ArrowInvalid, ValueError) as err:
+                    raise SourceError(
+                        f"{file} must have the columns of {files[0].name}", hint="write the parts with one schema"
+                    ) from err
+                totals += (table.num_rows, scores.num_unknown_users, scores.num_unknown_items)
+                advance(table.num_rows)
+                if sum(t.num_rows for t in waiting) >= _ROW_GROUP:
+                    writer.write_table(pa.concat_tables(waiting), row_group_size=_ROW_GROUP)
+                    waiting = []
+        if waiting:
+            writer.write_table(pa.concat_tables(waiting), row_group_size=_ROW_GROUP)
+    return totals
+
+
+def _pieces(file: Path, batch_size: int, request: str | None) -> Iterator[pa.Table]:
+    """A file in tables of ``batch_size`` rows or more; a request whose rows follow each other is never cut."""
+    kept: pa.Table | None = None
+    try:
+        with pq.ParquetFile(file) as parquet:
+            for batch in parquet.iter_batches(batch_size=max(batch_size, 1)):
+                table = pa.Table.from_batches([batch])
+                if kept is not None:
+                    table = pa.concat_tables([kept, table])
+                end = table.num_rows
+                if request is not None and request in table.column_names and end < _LONGEST_REQUEST:
+                    end = _last_boundary(table.column(request))
+                kept = table.slice(end)
+                if end:
+                    yield table.slice(0, end)
+    except (pa.ArrowException, OSError) as err:
+        raise SourceError(f"{file} cannot be read as Parquet: {str(err).splitlines()[0]}") from err
+    if kept is not None and kept.num_rows:
+        yield kept
+
+
+def _last_boundary(requests: pa.ChunkedArray) -> int:
+    """The first row of the last request."""
+    codes = requests.combine_chunks().dictionary_encode().indices.fill_null(-1).to_numpy(zero_copy_only=False)
+    others = np.flatnonzero(codes != codes[-1])
+    return int(others[-1]) + 1 if len(others) else 0
+
+
+def _files(source: Path) -> list[Path]:
+    if source.is_file():
+        return [source]
+    if not source.is_dir():
+        raise SourceError(f"{source} does not exist", hint="give a Parquet file or a folder of them")
+    files = sorted(
+        p
+        for p in source.rglob("*.parquet")
+        if p.is_file() and not any(part[0] in "._" for part in p.relative_to(source).parts)
+    )
+    if not files:
+        raise SourceError(f"{source} must hold Parquet files, got none")
+    return files
+
+
+def _open(file: Path) -> pq.ParquetFile:
+    try:
+        return pq.ParquetFile(file)
+    except (pa.ArrowException, OSError) as err:
+        raise SourceError(f"{file} cannot be read as Parquet: {str(err).splitlines()[0]}") from err
+
+
+def _check(file: Path, reader: FrameReader, added: tuple[str, ...]) -> None:
+    names = _open(file).schema_arrow.names
+    reader.check(names, str(file))
+    taken = [name for name in added if name in names]
+    if taken:
+        raise ConfigError(f"{file} has a column {taken[0]!r} already", hint="choose another name for the added columns")
+
+
+@contextmanager
+def _new_file(target: Path) -> Iterator[Path]:
+    if target.is_dir():
+        raise ConfigError(f"output must be a file, got the folder {target}", hint="name a file in it")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    draft = target.with_name(f".tmp-{target.name}-{secrets.token_hex(6)}")
+    try:
+        yield draft
+        _sync(draft)
+        os.replace(draft, target)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+@contextmanager
+def _new_folder(target: Path) -> Iterator[Path]:
+    if target.exists() and (
+        not target.is_dir() or any(p.suffix != ".parquet" for p in target.rglob("*") if p.is_file())
+    ):
+        raise ConfigError(f"output must be a new folder or one of Parquet files, got {target}")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    draft = target.with_name(f".tmp-{target.name}-{secrets.token_hex(6)}")
+    retired = draft.with_name(f"{draft.name}-old")
+    try:
+        draft.mkdir()
+        yield draft
+        for path in draft.rglob("*"):
+            _sync(path)
+        if target.exists():
+            target.rename(retired)
+        draft.rename(target)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+        shutil.rmtree(retired, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def _progress(total: int, *, shown: bool) -> Iterator[Callable[[int], None]]:
+    if not shown:
+        yield lambda _: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("Scoring"), BarColumn(), MofNCompleteColumn(), TextColumn("rows"), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("Scoring", total=total)
+        yield lambda rows: bar.advance(task, rows)
