@@ -15,7 +15,7 @@ Shapes: R requests, N candidates, S events of all requests together.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -149,7 +149,7 @@ class Assembler:
             user, is_known_user = self._entities("user", raw.users, raw.user, num_requests, problems)
             item, is_known_item = self._entities("item", raw.items, raw.row, num_rows, problems)
         except EncodingError as err:  # keys of the wrong type: nothing else can be said of these rows
-            raise RequestError(err.message, hint=err.hint) from err
+            raise RequestError(err.message) from err
         shown = self.schema.views.impressions
         known_R = {shown.time: raw.time, shown.user: raw.users}
         row_time = raw.time[raw.request_of_row] if raw.row_time is None else raw.row_time
@@ -282,7 +282,7 @@ class Assembler:
         try:
             columns, _ = self._entity_columns("item", attributes, came.items, came.columns, len(came.items), problems)
         except EncodingError as err:
-            raise RequestError(f"histories.{history.name}: {err.message}", hint=err.hint) from err
+            raise RequestError(f"histories.{history.name}: {err.message}") from err
         known = {} if self._event_time is None else {self._event_time: times}
         for feature in history.event_features:
             columns[feature.name] = self._column(feature, came.columns, known, None, len(came.items), problems)
@@ -425,18 +425,9 @@ def _given(rows: Iterable[tuple[int, Mapping[str, Any]]], n: int, where: str, pr
     }
 
 
-_NESTED: Callable[[Any], bool] = lambda value: isinstance(value, list)  # noqa: E731
-
-
 def _array(values: list[Any], where: str, problems: list[str]) -> pa.Array:
     try:
         return pa.array(values)
     except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError):
-        pass
-    try:  # whole numbers and fractions mix
-        if not any(_NESTED(v) for v in values):
-            return pa.array(values, pa.float64())
-    except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError):
-        pass
-    problems.append(f"{where} must have values of one type, got several, or integers beyond 64 bits")
-    return pa.nulls(len(values))
+        problems.append(f"{where} must have values of one type, got several, or integers beyond 64 bits")
+        return pa.nulls(len(values))

@@ -55,10 +55,11 @@ class BatchSummary:
 
 
 def score_parquet(
-    scorer: Scorer,
+    scorer: Scorer | str | Path,
     input_path: str | Path,
     output: str | Path,
     *,
+    features: str | Path | None = None,
     batch_size: int = 4096,
     column: str = "score_{task}",
     progress: bool = False,
@@ -69,9 +70,10 @@ def score_parquet(
     come from the scorer's stored features; columns of users or items in the input count only where none are stored.
 
     Args:
-        scorer: the model and its stored features.
+        scorer: the model and its stored features, or the folder of an artifact.
         input_path: a Parquet file, or a folder of them, in the form of the schema's impressions view.
         output: a file, or for a folder a folder with the same parts; ``name.parquet`` joins the parts of a folder in one file.
+        features: folder of stored features, for an artifact; its own snapshot if not given.
         batch_size: rows scored at once, about.
         column: name of the added columns; ``{task}`` stands for the task.
         progress: whether to show a progress bar on stderr.
@@ -79,8 +81,11 @@ def score_parquet(
     Raises:
         SourceError: a file is missing or cannot be read, or lacks a column.
         ConfigError: the output is the input, or an added column is there already.
+        ArtifactError: the artifact cannot be used.
     """
     began = clock.perf_counter()
+    if not isinstance(scorer, Scorer):
+        scorer = Scorer.load(scorer, features=features)
     source, target = Path(input_path), Path(output)
     files = _files(source)
     if target.exists() and target.resolve() in {source.resolve(), *(f.resolve() for f in files)}:
@@ -89,8 +94,8 @@ def score_parquet(
     if len(set(added)) < len(added):
         raise ConfigError(f"column must tell the tasks apart, got {column!r}", hint="write {task} in it")
     totals = np.zeros(3, np.int64)
-    features = scorer.assembler.features
-    is_stored = getattr(features, "has_users", True) and getattr(features, "has_items", True)
+    stored = scorer.assembler.features
+    is_stored = stored.has_users and stored.has_items
     reader = FrameReader(scorer.artifact.schema, reads_entities=not is_stored, is_complete=True)
     num_rows = sum(_open(f).metadata.num_rows for f in files)
     for file in files:

@@ -54,7 +54,15 @@ class Events(NamedTuple):
 
 
 class FeatureSource(Protocol):
-    """Where a service takes from what a request does not say. Safe to call from several threads."""
+    """Where a service takes from what a request does not say. Safe to call from several threads.
+
+    Attributes:
+        has_users: whether anything is known of users.
+        has_items: whether anything is known of items.
+    """
+
+    has_users: bool
+    has_items: bool
 
     def users(self, keys: pa.Array, features: Sequence[str]) -> Known:
         """User features of ``(n,)`` keys; null is an unknown user."""
