@@ -169,7 +169,7 @@ def auc_by_history_length(predictions: Predictions, task: str, *, num_slices: in
     if len(lengths) == 0:
         return []
     inner = np.quantile(lengths, np.arange(1, num_slices) / num_slices, method="higher")
-    slice_of_row = np.searchsorted(np.unique(inner), lengths, side="right")
+    slice_of_row = np.searchsorted(np.unique(inner), lengths)
     slices = []
     for number in np.unique(slice_of_row):
         chosen = slice_of_row == number

@@ -277,7 +277,7 @@ class Trainer:
             while not self._progress.is_done:
                 self._train_epoch(stop)
                 self._end_epoch()
-                if self._strategy.all_sum(torch.tensor([float(stop.is_set)])).any() and not self._progress.is_done:
+                if any(self._agreed(stop.is_set)) and not self._progress.is_done:
                     self._stop(stop)
         self._finish()
 
@@ -329,14 +329,19 @@ class Trainer:
         if self._progress.step % self._config.log_every_steps == 0:
             self._log_window()
         late = time.monotonic() - self._saved_at >= self._config.checkpoint_every_s
-        flags = self._strategy.all_sum(torch.tensor([float(late and self._strategy.rank == 0), float(stop.is_set)]))
-        if flags.any():
+        save, leave = self._agreed(late and self._strategy.rank == 0, stop.is_set)
+        if save or leave:
             now = time.monotonic()
             self._progress.train_s += now - self._clock
             self._save()
             self._clock = time.monotonic()
-        if flags[1] > 0:
+        if leave:
             self._stop(stop)
+
+    def _agreed(self, *flags: bool) -> list[bool]:
+        """Which flags are up on any rank."""
+        values = torch.tensor([float(flag) for flag in flags], device=self._strategy.device)
+        return [value > 0 for value in self._strategy.all_sum(values).tolist()]
 
     def _stop(self, stop: _StopSignals) -> NoReturn:
         self._display.say(f"stopped after step {self._progress.step}: the same command goes on from here")
