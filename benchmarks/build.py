@@ -9,7 +9,7 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -110,11 +110,11 @@ def _build(options: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _copied_bytes(training_set: Any, rows: dict[str, int]) -> int:
+def _copied_bytes(training_set: Any, splits: Iterable[str]) -> int:
     """What one id an event would take if every impression held its history."""
     total = 0
     for history in training_set.schema.histories:
-        for name in rows:
+        for name in splits:
             split = training_set.split(name)
             columns = split.requests.columns
             length = columns[f"@end.{history.name}"] - columns[f"@start.{history.name}"]

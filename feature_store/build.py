@@ -135,11 +135,12 @@ def build_training_set(
         EncodingError: a value cannot be encoded as its feature declares.
         QuarantineError: too many rows of a view are broken.
     """
-    folder = Path(data.training_set)
-    with _stages(progress) as stage, exclusive(folder):
+    # Resolved, so that a link keeps pointing at the set, and the work lies on the disk of the result.
+    folder = Path(data.training_set).resolve()
+    with _stages(progress, _num_stages(schema)) as stage, exclusive(folder):
         inputs = _inputs(schema, data)
         if not force:
-            finished = _finished(folder, inputs)
+            finished = _finished(data.training_set, inputs)
             if finished is not None:
                 stage("Up to date")
                 return finished
@@ -167,15 +168,15 @@ def _inputs(schema: Schema, data: DataConfig) -> dict[str, Any]:
     }
 
 
-def _finished(folder: Path, inputs: Mapping[str, Any]) -> BuildSummary | None:
-    """The summary of the set in ``folder`` if it is complete and was built from the same inputs."""
+def _finished(training_set: str, inputs: Mapping[str, Any]) -> BuildSummary | None:
+    """The summary of a set if it is complete and was built from the same inputs."""
     try:
-        manifest = TrainingSet.open(folder).manifest
+        manifest = TrainingSet.open(training_set).manifest
     except RecsysError:
         return None
     if manifest.get("inputs") != inputs:
         return None
-    return BuildSummary(**{**manifest["summary"], "training_set": str(folder), "skipped": True})
+    return BuildSummary(**{**manifest["summary"], "training_set": training_set, "skipped": True})
 
 
 def _build(
@@ -276,16 +277,28 @@ def _files(folder: Path) -> dict[str, dict[str, Any]]:
     return {path.relative_to(folder).as_posix(): entry for path, entry in zip(paths, entries, strict=True)}
 
 
+def _num_stages(schema: Schema) -> int:
+    """Opening, six of joining, one a feature, users, items, one a history, three splits, checksums."""
+    return 1 + 6 + len(schema.all_features) + 2 + len(schema.histories) + 3 + 1
+
+
 @contextmanager
-def _stages(progress: bool) -> Iterator[Callable[[str], None]]:
-    """Yields what is called with the name of each stage as it begins."""
+def _stages(progress: bool, num_stages: int) -> Iterator[Callable[[str], None]]:
+    """Yields what is called with the name of each stage as it begins; shows a bar on stderr if ``progress``."""
     if not progress:
         yield lambda _: None
         return
     from rich.console import Console
-    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("Waiting for the lock", total=None)
-        yield lambda name: bar.update(task, description=name)
+        task = bar.add_task("Waiting for other builds", total=num_stages)
+        begun = 0
+
+        def begin(name: str) -> None:
+            nonlocal begun
+            bar.update(task, description=name, completed=begun)
+            begun += 1
+
+        yield begin

@@ -65,11 +65,13 @@ class EventLog:
 
     def starts(self, user_row: np.ndarray) -> np.ndarray:
         """``(R,)`` int64: the first event of each user."""
-        return self.user_offsets[user_row]
+        first: np.ndarray = self.user_offsets[user_row]
+        return first
 
     def stops(self, user_row: np.ndarray) -> np.ndarray:
         """``(R,)`` int64: one past the last event of each user."""
-        return self.user_offsets[user_row + 1]
+        last: np.ndarray = self.user_offsets[user_row + 1]
+        return last
 
 
 def stable_order(*keys: np.ndarray) -> np.ndarray:

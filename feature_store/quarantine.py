@@ -102,4 +102,5 @@ def first_problems(source: Source, quarantine: Quarantine, problems: list[tuple[
     if codes.any():
         for code, (reason, _) in enumerate(problems, start=1):
             quarantine.add(reason, np.flatnonzero(codes == code))
-    return codes == 0
+    has_none: np.ndarray = codes == 0
+    return has_none

@@ -57,6 +57,7 @@ _ACCEPTED: dict[Role, tuple[Kind, ...]] = {
 }
 _UNITS_IN_SECOND: dict[str, int] = {"s": 1, "ms": 1_000, "us": 1_000_000, "ns": 1_000_000_000}
 _INTEGER_TEXT = r"^(0|-?[1-9][0-9]{0,18})$"
+_FORMATS = {"parquet": "Parquet", "csv": "CSV", None: "data"}
 _CSV_SUFFIXES = (".csv", ".csv.gz", ".tsv", ".tsv.gz")
 
 
@@ -175,7 +176,7 @@ class Source:
         elif use.role in ("label", "number") and self.is_text:
             found.append((f"{name} is not a number", unreadable))
         elif use.role in ("key", "value") and self.kinds[name] in ("integer", "text"):
-            found.append((f"{name} is not a 64-bit integer", unreadable))
+            found.append((f"{name} is not a signed 64-bit integer", unreadable))
         return found
 
     def integer_counts(self, column: str) -> tuple[int, int]:
@@ -367,9 +368,7 @@ def _schema_of(file: Path, scan: pl.LazyFrame) -> dict[str, pl.DataType]:
     try:
         return dict(scan.collect_schema())
     except (PolarsError, OSError) as err:
-        raise SourceError(
-            f"{file} cannot be read as {(_format_of(file) or '').capitalize()}: {_first_line(err)}"
-        ) from err
+        raise SourceError(f"{file} cannot be read as {_FORMATS[_format_of(file)]}: {_first_line(err)}") from err
 
 
 def _staged(file: Path, scan: pl.LazyFrame, target: Path) -> pl.LazyFrame:

@@ -355,10 +355,36 @@ def test_summary_is_json(tmp_path: Path) -> None:
     assert summary.bytes == sum(len(c) for n, c in tree(tmp_path / "training_set").items() if n != "manifest.json")
 
 
-def test_progress_goes_to_stderr(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_progress_goes_to_stderr_and_counts_every_stage(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")  # Rich draws as on a terminal
     write_views(tmp_path / "views", make_views())
     build_training_set(make_schema(), config(tmp_path), progress=True)
-    assert capfd.readouterr().out == ""
+    written = capfd.readouterr()
+    assert written.out == ""
+    assert "Computing checksums" in written.err
+    num_stages = 6 + 1 + len(make_schema().all_features) + 2 + 2 + 3 + 1
+    assert f"{num_stages - 1}/{num_stages}" in written.err
+
+
+def test_a_link_to_a_training_set_stays_a_link(tmp_path: Path) -> None:
+    write_views(tmp_path / "views", make_views())
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "training_set").symlink_to(tmp_path / "disk" / "set")
+    for _ in range(2):
+        build_training_set(make_schema(), config(tmp_path), force=True)
+    assert (tmp_path / "training_set").is_symlink()
+    assert sorted(p.name for p in (tmp_path / "disk").iterdir()) == ["set", "set.lock"]
+    TrainingSet.open(tmp_path / "training_set", verify=True)
+
+
+@pytest.mark.parametrize("dtype", [pl.Boolean(), pl.Float32(), pl.Decimal(4, 1), pl.UInt8()])
+def test_labels_of_any_numeric_type(tmp_path: Path, dtype: pl.DataType) -> None:
+    views = make_views()
+    expected = build(tmp_path / "a", views)
+    views["impressions"] = views["impressions"].with_columns(pl.col("click").cast(dtype))
+    same_sets(expected, build(tmp_path / "b", views))
 
 
 def test_an_empty_training_period_is_an_error(tmp_path: Path) -> None:

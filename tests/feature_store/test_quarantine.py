@@ -135,7 +135,7 @@ def test_one_broken_row_does_not_take_its_request_with_it(tmp_path: Path) -> Non
         ("impressions", "price", "cheap", "price is not a number"),
         ("events", "dwell", "1,5", "dwell is not a number"),
         ("users", "age", "old", "age is not a number"),
-        ("items", "item", "99999999999999999999", "item is not a 64-bit integer"),
+        ("items", "item", "99999999999999999999", "item is not a signed 64-bit integer"),
         ("events", "item", "", "item is null"),
     ],
 )

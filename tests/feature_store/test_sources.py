@@ -266,7 +266,7 @@ def test_csv_keys_are_integers_when_nearly_all_are(tmp_path: Path) -> None:
     views["impressions"] = views["impressions"].with_columns(pl.col("user").cast(pl.String))
     views["impressions"][3, "user"] = "oops"
     training_set = build(tmp_path, views, make_schema(**csv_schema()), suffix=".csv")
-    assert training_set.manifest["quarantined"]["impressions"] == {"user is not a 64-bit integer": 1}
+    assert training_set.manifest["quarantined"]["impressions"] == {"user is not a signed 64-bit integer": 1}
     assert training_set.users.keys.type == "int64"  # type: ignore[union-attr]
     with pytest.raises(QuarantineError):
         build(tmp_path, views, make_schema(**csv_schema()), suffix=".csv", max_quarantined_fraction=0.001)
@@ -294,5 +294,5 @@ def test_unsigned_keys_past_63_bits_are_broken_rows_not_others_keys(tmp_path: Pa
     keys = pl.Series("user", np.array([2**63 + 5, 5], dtype=np.uint64))
     pl.DataFrame({"user": keys, "time": [1, 2]}).write_parquet(tmp_path / "x.parquet")
     source = open_source("x", tmp_path, "x.parquet", [KEY, TIME], staging=tmp_path)
-    broken = dict(source.problems(KEY))["user is not a 64-bit integer"]
+    broken = dict(source.problems(KEY))["user is not a signed 64-bit integer"]
     assert source.read({"x": broken})["x"].to_list() == [True, False]
