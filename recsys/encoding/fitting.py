@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -44,8 +47,10 @@ MAX_QUANTILE_CELLS = 1 << 20
 """Quantiles are exact up to so many distinct numbers; beyond, numbers merge into cells: see :class:`QuantileSketch`."""
 
 _COMPACT_EVERY = 1 << 20
-_MANTISSA_BITS = 52
-_STATISTIC_BITS = 30
+_STD_BITS = 30
+_BLOCK = 1 << 16
+_DIGIT_BITS = 10
+"""2^16 products of 27 and 10 bits sum up to less than 2^53."""
 
 
 class DistinctCounts:
@@ -128,13 +133,11 @@ class QuantileSketch:
             self._merge(np.concatenate([self._cells, cells]), np.concatenate([self._counts, counts]))
 
     def _merge(self, cells: Int64s, counts: Int64s) -> None:
-        cells, codes = np.unique(cells, return_inverse=True)
-        counts = np.bincount(codes, counts, len(cells)).astype(np.int64)
+        order = np.argsort(cells)
+        cells, counts = _join_neighbours(cells[order], counts[order])
         while len(cells) > self._max_cells:
             self._dropped_bits += 1
-            cells >>= 1  # keeps the order, so that equal cells are neighbours
-            starts = np.flatnonzero(np.append(True, cells[1:] != cells[:-1]))
-            cells, counts = cells[starts], np.add.reduceat(counts, starts)
+            cells, counts = _join_neighbours(cells >> 1, counts)  # a shift keeps the order
         self._cells, self._counts = cells, counts
 
     def boundaries(self, num_buckets: int) -> Float64s:
@@ -156,6 +159,12 @@ class QuantileSketch:
         return _unordered((cells << self._dropped_bits) | ((1 << self._dropped_bits) - 1))
 
 
+def _join_neighbours(cells: Int64s, counts: Int64s) -> tuple[Int64s, Int64s]:
+    """Distinct cells of a sorted list (m,), m > 0, and the sums of their counts."""
+    starts = np.flatnonzero(np.append(True, cells[1:] != cells[:-1]))
+    return cells[starts], np.add.reduceat(counts, starts)
+
+
 def _ordered(numbers: Float64s) -> Int64s:
     """int64 with the order of the float64 numbers; both zeros are 0."""
     bits = (numbers + 0.0).view(np.int64)
@@ -167,68 +176,103 @@ def _unordered(ordered: Int64s) -> Float64s:
 
 
 class Moments:
-    r"""Weighted mean and standard deviation (of the population) of vectors, in float64, without cancellation.
+    r"""Weighted mean and standard deviation (of the population) of vectors, whatever their size and number.
 
-    Each chunk is centred on its own mean; chunks are joined by
+    Kept as fractions, per component: the weight :math:`W = \sum w`, the sum :math:`T = \sum w x`, which is exact, and
+    :math:`Q = \sum w x^2`, to which a chunk with the sums :math:`W_c, T_c` adds
 
-    .. math:: M = M_a + M_b + \delta^2 \frac{W_a W_b}{W_a + W_b}, \qquad \delta = \mu_b - \mu_a
+    .. math:: S_c + 2 p T_c - W_c p^2, \qquad S_c = \sum w (x - p)^2
 
-    Source: Chan, Golub, LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances", COMPSTAT
-    1982.
+    where :math:`p` is the mean of the chunk as float64, and :math:`S_c`, summed in float64, has no cancellation. Then
+    the mean is :math:`T / W` and the variance :math:`Q / W - (T / W)^2`. Float64 alone loses the variance of numbers
+    such as microseconds since 1970, and gives statistics that change with the order of rows.
 
     Args:
         dim: components; each has moments of its own, over the rows where it is not missing.
     """
 
     def __init__(self, dim: int) -> None:
-        self._weight = np.zeros(dim)
-        self._mean = np.zeros(dim)
-        self._squares = np.zeros(dim)
-        self._lowest = np.full(dim, np.inf)
-        self._highest = np.full(dim, -np.inf)
+        self._components = [_ComponentMoments() for _ in range(dim)]
 
     def add(self, vectors: Float64s, weights: Int64s | None) -> None:
         """Adds vectors (n, dim), NaN or infinite where missing, with weights (n,), one each if not given."""
-        for component in range(vectors.shape[1]):
-            numbers = vectors[:, component]
+        for component, numbers in zip(self._components, vectors.T, strict=True):
             seen = np.isfinite(numbers)
             if weights is not None:
                 seen &= weights > 0
-            if not seen.any():
-                continue
-            numbers = numbers[seen]
-            counts = np.ones(len(numbers)) if weights is None else weights[seen].astype(np.float64)
-            weight = float(counts.sum())
-            mean = float((numbers * counts).sum() / weight)
-            centred = numbers - mean
-            squares = float((centred * centred * counts).sum())
-            total = self._weight[component] + weight
-            delta = mean - self._mean[component]
-            self._squares[component] += squares + delta * delta * (self._weight[component] * weight / total)
-            self._mean[component] += delta * (weight / total)
-            self._weight[component] = total
-            self._lowest[component] = min(self._lowest[component], numbers.min())
-            self._highest[component] = max(self._highest[component], numbers.max())
+            if seen.any():
+                counts = np.ones(np.count_nonzero(seen), np.int64) if weights is None else weights[seen]
+                component.add(numbers[seen], counts)
 
     @property
     def state(self) -> dict[str, Any]:
         """``mean`` (dim,) and ``std`` (dim,); the latter is 1 for a component that is constant or was never seen.
 
-        Both are rounded to 2^-30 of the standard deviation, far below the float32 that comes out of the transform. The
-        order in which chunks were added changes only digits below that, so it does not show.
+        The mean is the float64 nearest to the exact one. The standard deviation is rounded to 30 bits, more than the
+        float32 that comes out of the transform has, so that the rounding of sums within chunks does not show.
         """
-        mean, std = np.zeros(len(self._mean)), np.ones(len(self._mean))
-        for component in range(len(mean)):
-            if self._weight[component] == 0:
-                continue
-            deviation = float(np.sqrt(self._squares[component] / self._weight[component]))
-            if self._lowest[component] == self._highest[component] or not deviation > 0:
-                mean[component] = self._lowest[component]
-                continue
-            step = 2.0 ** (np.floor(np.log2(deviation)) - _STATISTIC_BITS)
-            mean[component] = np.round(self._mean[component] / step) * step
-            std[component] = np.round(deviation / step) * step
-        return {"mean": mean.tolist(), "std": std.tolist()}
+        results = [component.result() for component in self._components]
+        return {"mean": [mean for mean, _ in results], "std": [std for _, std in results]}
+
+
+class _ComponentMoments:
+    def __init__(self) -> None:
+        self._weight = 0
+        self._sum = Fraction(0)
+        self._squares = Fraction(0)
+        self._lowest = math.inf
+        self._highest = -math.inf
+
+    def add(self, numbers: Float64s, counts: Int64s) -> None:
+        """Adds finite numbers (n,), n > 0, with counts (n,) of at least 1."""
+        weight = int(counts.sum())
+        total = _exact_sum(numbers, counts)
+        # Scaled by a power of two to below 1, so that squares neither overflow nor vanish.
+        exponent = math.frexp(float(np.abs(numbers).max()))[1]
+        scale = Fraction(2) ** exponent
+        centre = float(total / weight / scale)
+        centred = np.ldexp(numbers, -exponent) - centre
+        squares = Fraction(float((centred * centred * counts).sum()))
+        self._squares += (squares - weight * Fraction(centre) ** 2) * scale**2 + 2 * Fraction(centre) * scale * total
+        self._weight += weight
+        self._sum += total
+        self._lowest = min(self._lowest, float(numbers.min()))
+        self._highest = max(self._highest, float(numbers.max()))
+
+    def result(self) -> tuple[float, float]:
+        """Mean and standard deviation."""
+        if self._weight == 0:
+            return 0.0, 1.0
+        mean = self._sum / self._weight
+        variance = self._squares / self._weight - mean * mean
+        if self._lowest == self._highest or variance <= 0:
+            return float(mean), 1.0
+        exponent = (variance.numerator.bit_length() - variance.denominator.bit_length()) // 2
+        mantissa, more = math.frexp(math.sqrt(variance / Fraction(4) ** exponent))
+        return float(mean), math.ldexp(round(mantissa * 2**_STD_BITS), exponent + more - _STD_BITS)
+
+
+def _exact_sum(numbers: Float64s, counts: Int64s) -> Fraction:
+    """Sum of numbers (n,), each so many times, without rounding.
+
+    A number is split into two integers of at most 27 bits and a power of two, a count into digits. Products are
+    summed per power of two in float64, which is exact while sums stay below 2^53, and then as Python integers.
+    """
+    sums: Counter[int] = Counter()
+    for begin in range(0, len(numbers), _BLOCK):
+        block = slice(begin, begin + _BLOCK)
+        mantissas, exponents = np.frexp(numbers[block])
+        lowest = int(exponents.min())
+        powers = exponents - lowest
+        high = np.floor(mantissas * 2.0**26)
+        low = (mantissas * 2.0**26 - high) * 2.0**27
+        for shift in range(0, int(counts[block].max()).bit_length(), _DIGIT_BITS):
+            digits = (counts[block] >> shift) & (2**_DIGIT_BITS - 1)
+            for part, place in ((high, 27), (low, 0)):
+                summed = np.bincount(powers, part * digits)
+                for power in np.flatnonzero(summed).tolist():
+                    sums[lowest + power] += int(summed[power]) << (place + shift)
+    return sum((value * Fraction(2) ** (power - 53) for power, value in sums.items()), Fraction(0))
 
 
 class EncoderFitter:

@@ -1,8 +1,9 @@
-"""Types of columns: the same values in any Arrow type encode alike, and what cannot be encoded is refused with its name."""
+"""Types of columns: equal values of any Arrow type encode alike, and what cannot be encoded is refused by name."""
 
 from __future__ import annotations
 
 import datetime as dt
+import itertools
 from decimal import Decimal
 from typing import Any
 
@@ -96,9 +97,15 @@ def test_float64_within_its_exact_range(value: int) -> None:
         (pa.array([float("inf")]), r"below 9007199254740992"),
         (pa.array([2**63], pa.uint64()), r"must hold integers below 2\^63, got larger ones in a uint64 column"),
         (pa.array([Decimal("1.5")]), r"must hold whole numbers below 2\^63, got decimals that are not"),
-        (pa.array([dt.datetime(2020, 1, 1, tzinfo=dt.UTC)]), r"must hold integers or text, got a column of type timestamp"),
+        (
+            pa.array([dt.datetime(2020, 1, 1, tzinfo=dt.UTC)]),
+            r"must hold integers or text, got a column of type timestamp",
+        ),
         (pa.array([dt.date(2020, 1, 1)]), r"got a column of type date32"),
-        (pa.array([[1]]), r"got a column of type list<item: int64>[\s\S]*Hint: declare the feature as multi_categorical"),
+        (
+            pa.array([[1]]),
+            r"got a column of type list<item: int64>[\s\S]*Hint: declare the feature as multi_categorical",
+        ),
         (pa.array([b"x"]), r"got a column of type binary"),
         (pa.array([{"a": 1}]), r"got a column of type struct"),
         (pa.array([dt.timedelta(1)]), r"got a column of type duration"),
@@ -142,7 +149,13 @@ def test_missing_numbers() -> None:
 
 @pytest.mark.parametrize(
     "column",
-    [pa.array(["1"]), pa.array([[1]]), pa.array([dt.date(2020, 1, 1)]), pa.array([b"x"]), pa.array(["a"]).dictionary_encode()],
+    [
+        pa.array(["1"]),
+        pa.array([[1]]),
+        pa.array([dt.date(2020, 1, 1)]),
+        pa.array([b"x"]),
+        pa.array(["a"]).dictionary_encode(),
+    ],
     ids=lambda c: str(c.type),
 )
 def test_numbers_refuse(column: pa.Array) -> None:
@@ -151,7 +164,9 @@ def test_numbers_refuse(column: pa.Array) -> None:
     assert caught.value.hint
 
 
-@pytest.mark.parametrize("kind", [pa.list_(pa.float32()), pa.large_list(pa.int64()), pa.list_(pa.float64(), 2)], ids=str)
+@pytest.mark.parametrize(
+    "kind", [pa.list_(pa.float32()), pa.large_list(pa.int64()), pa.list_(pa.float64(), 2)], ids=str
+)
 def test_vectors(kind: pa.DataType) -> None:
     column = pa.array([[1, 2], None, [3, None]], kind)
     want = np.array([[1, 2], [np.nan, np.nan], [3, np.nan]])
@@ -215,7 +230,9 @@ LISTS: list[Any] = [[1, 2], None, [], [3, None, 4], [5]]
 
 
 @pytest.mark.parametrize(
-    "kind", [pa.list_(pa.int64()), pa.large_list(pa.int64()), pa.list_view(pa.int64()), pa.large_list_view(pa.int64())], ids=str
+    "kind",
+    [pa.list_(pa.int64()), pa.large_list(pa.int64()), pa.list_view(pa.int64()), pa.large_list_view(pa.int64())],
+    ids=str,
 )
 def test_lists_of_any_kind(kind: pa.DataType) -> None:
     column = pa.array(LISTS, kind)
@@ -223,7 +240,7 @@ def test_lists_of_any_kind(kind: pa.DataType) -> None:
         for length in range(6 - start):
             part = column.slice(start, length)
             elements, offsets = flatten_lists(part)
-            got = [elements.to_pylist()[a:b] for a, b in zip(offsets[:-1], offsets[1:], strict=True)]
+            got = [elements.to_pylist()[a:b] for a, b in itertools.pairwise(offsets)]
             assert got == [v or [] for v in LISTS[start : start + length]]
 
 
@@ -259,7 +276,9 @@ def test_bags_of_text(texts: list[str | None], separator: str, max_values: int |
 
 
 def test_bags_refuse() -> None:
-    with pytest.raises(EncodingError, match=r"feature 'x' must hold lists, got a column of type string[\s\S]*separator"):
+    with pytest.raises(
+        EncodingError, match=r"feature 'x' must hold lists, got a column of type string[\s\S]*separator"
+    ):
         bags_of(pa.array(["a"]))
     with pytest.raises(EncodingError, match=r"feature 'x' must hold lists or text, got a column of type int64"):
         bags_of(pa.array([1]), separator="|")
@@ -268,7 +287,9 @@ def test_bags_refuse() -> None:
 @given(st.lists(st.lists(st.integers(), max_size=4), min_size=1, max_size=8), st.data())
 def test_ragged_take(bags: list[list[int]], data: st.DataObject) -> None:
     rows = data.draw(st.lists(st.integers(0, len(bags) - 1), max_size=20))
-    ragged = Ragged(np.array([hash(v) for b in bags for v in b], np.int64), offsets_of(np.array([len(b) for b in bags])))
+    ragged = Ragged(
+        np.array([hash(v) for b in bags for v in b], np.int64), offsets_of(np.array([len(b) for b in bags]))
+    )
     taken = ragged.take(np.array(rows, np.int64))
     got = [taken.values[a:b].tolist() for a, b in zip(taken.offsets[:-1], taken.offsets[1:], strict=True)]
     assert got == [[hash(v) for v in bags[r]] for r in rows]

@@ -102,6 +102,8 @@ def test_what_has_no_identity_is_refused() -> None:
 def test_buckets_are_even(num_buckets: int) -> None:
     # Chi-squared of n hashes of consecutive integers: mean k, variance 2k for k = buckets - 1; six deviations of slack.
     n = 100 * num_buckets
-    counts = np.bincount((hash_keys(pa.array(np.arange(n))) % np.uint64(num_buckets)).astype(int), minlength=num_buckets)
+    counts = np.bincount(
+        (hash_keys(pa.array(np.arange(n))) % np.uint64(num_buckets)).astype(int), minlength=num_buckets
+    )
     freedom = num_buckets - 1
     assert ((counts - 100) ** 2).sum() / 100 < freedom + 6 * np.sqrt(2 * freedom) + 10

@@ -29,7 +29,8 @@ def expected(keys: list[int | str | None], asked: list[int | str | None]) -> lis
             st.lists(st.none() | st.integers(-40, 80) | INT64, max_size=60),
         ),
         st.tuples(
-            st.lists(st.text(max_size=5), unique=True, max_size=60), st.lists(st.none() | st.text(max_size=5), max_size=60)
+            st.lists(st.text(max_size=5), unique=True, max_size=60),
+            st.lists(st.none() | st.text(max_size=5), max_size=60),
         ),
     ),
     st.data(),
@@ -120,5 +121,5 @@ def test_the_other_type_is_refused_and_named() -> None:
 
 
 def test_survives_pickling() -> None:
-    index = pickle.loads(pickle.dumps(KeyIndex(pa.array(["b", "a"]))))  # noqa: S301 - our own bytes
+    index = pickle.loads(pickle.dumps(KeyIndex(pa.array(["b", "a"]))))
     assert index.positions(pa.array(["a", "b", "c"])).tolist() == [1, 0, -1]
