@@ -97,7 +97,7 @@ def nearest(name: str, candidates: Iterable[str]) -> str:
     """Words a hint for an unknown name: the nearest known ones, else all of them.
 
     Example:
-        >>> nearest("clik", ["click", "like"])
+        >>> nearest("clik", ["click", "purchase"])
         "did you mean 'click'?"
         >>> nearest("zzz", ["click", "like"])
         "known names: 'click', 'like'"

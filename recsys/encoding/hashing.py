@@ -178,6 +178,7 @@ def hash_keys(column: Column, *, seed: int = 0) -> UInt64s:
         EncodingError: the column holds something else.
 
     Example:
+        >>> import pyarrow as pa
         >>> [hex(int(h)) for h in hash_keys(pa.array([0, None]))]
         ['0xe220a8397b1dcdaf', '0x0']
     """
