@@ -39,7 +39,7 @@ class KeyIndex:
         parsed = as_keys(keys, where="keys")
         self._keys: Array
         self.key_type: str | None = None
-        """``"integer"``, ``"text"``, or ``None`` if every key is null."""
+        """``"integer"``, ``"text"``, or ``None`` if there are no keys but nulls."""
         self._num_keys = len(keys)
         self._texts: Array = None  # the keys, if they are text
         self._direct: npt.NDArray[np.integer] | None = None
@@ -48,27 +48,29 @@ class KeyIndex:
             self._keys = pa.nulls(len(keys), pa.int64())
             return
         if isinstance(parsed, IntKeys):
-            self.key_type = "integer"
             self._keys = pa.array(parsed.values, mask=None if parsed.valid is None else ~parsed.valid)
             places = np.arange(len(keys)) if parsed.valid is None else np.flatnonzero(parsed.valid)
+            if len(places) == 0:
+                return
+            self.key_type = "integer"
             integers = parsed.values[places]
             if not self._address_directly(integers, places):
                 self._build(hash_integers(integers), places)
         else:
-            self.key_type = "text"
             texts = parsed.values.cast(pa.large_string())
             if parsed.codes is not None:
                 texts = texts.take(pa.array(parsed.codes, mask=parsed.codes < 0))
-            self._keys = self._texts = texts
+            self._keys = texts
             places = np.flatnonzero(np.asarray(self._keys.is_valid()))
+            if len(places) == 0:
+                return
+            self.key_type = "text"
+            self._texts = texts
             if pc.count_distinct(self._texts).as_py() < len(places):
                 _repeated()
             self._build(hash_texts(self._texts)[places], places)
 
     def _address_directly(self, integers: Int64s, places: Int64s) -> bool:
-        if len(integers) == 0:
-            self._direct = np.full(1, -1, np.int32)
-            return True
         lowest, highest = int(integers.min()), int(integers.max())
         span = highest - lowest + 1
         if span > _COMPACT * len(integers) + 1024:
