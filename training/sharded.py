@@ -1,8 +1,8 @@
 """Many processes: embedding tables sharded by rows with TorchRec, everything else replicated.
 
-Every rank takes its share of each global batch. An id is sent to the rank that holds its row, its vector comes back, and its
-gradient goes the same way; the dense parameters' gradients are averaged by ``DistributedDataParallel``. The objective is a sum
-over the global batch, so that the ranks together take the very step that one process would.
+Every rank takes its share of each global batch. An id is sent to the rank that holds its row, its vector comes back,
+and its gradient goes the same way; the dense parameters' gradients are averaged by ``DistributedDataParallel``. The
+objective is a sum over the global batch, so that the ranks together take the very step that one process would.
 """
 
 from __future__ import annotations
@@ -33,7 +33,6 @@ from training.optim import (
     RowwiseAdagradConfig,
     SGDConfig,
     dense_optimizer,
-    dense_parameters,
     embedding_optimizer,
 )
 from training.strategy import Prepared
@@ -80,10 +79,11 @@ class ShardedProcesses:
         sharders: list[ModuleSharder[nn.Module]] = [sharder]  # type: ignore[list-item]
         parallel = DistributedModelParallel(model, device=self.device, plan=ShardingPlan(plan), sharders=sharders)
         _fill_shards(parallel, weights)
-        for module in parallel.modules():
-            if isinstance(module, ShardedEmbeddingBagCollection):
-                _even_bags(module)
-        parameters = dense_parameters(parallel)
+        sharded = [m for m in parallel.modules() if isinstance(m, ShardedEmbeddingBagCollection)]
+        for module in sharded:
+            _even_bags(module)
+        in_tables = {id(p) for module in sharded for p in module.parameters()}
+        parameters = {name: p for name, p in parallel.named_parameters() if id(p) not in in_tables}
         combined = CombinedOptimizer(
             [("tables", parallel.fused_optimizer), ("dense", dense_optimizer(dense, parameters))]
         )
@@ -100,7 +100,9 @@ class ShardedProcesses:
         sizes = [torch.zeros(1, dtype=torch.int64, device=self.device) for _ in range(self.world)]
         dist.all_gather(sizes, torch.tensor([len(rows)], device=self.device))
         longest = max(int(s) for s in sizes)
-        padded = torch.zeros((longest, *rows.shape[1:]), dtype=torch.from_numpy(rows[:0].copy()).dtype, device=self.device)
+        padded = torch.zeros(
+            (longest, *rows.shape[1:]), dtype=torch.from_numpy(rows[:0].copy()).dtype, device=self.device
+        )
         padded[: len(rows)] = torch.from_numpy(np.ascontiguousarray(rows))
         gathered = [torch.empty_like(padded) for _ in range(self.world)]
         dist.all_gather(gathered, padded)
@@ -124,8 +126,8 @@ def _fill_shards(parallel: nn.Module, weights: dict[str, Tensor]) -> None:
 def _even_bags(module: ShardedEmbeddingBagCollection) -> None:
     """Gives every rank as many bags, with empty ones at the end, and drops these again from the result.
 
-    Ranks hold different numbers of candidates and events, and the backward pass of row-wise sharding takes equal ones only
-    (on gloo).
+    Ranks hold different numbers of candidates and events, and the backward pass of row-wise sharding takes equal ones
+    only (on gloo).
     """
     sizes: list[int] = []  # of calls whose results are not yet taken; calls do not nest
 
