@@ -14,12 +14,12 @@ class SimulatorConfig(Config):
     """A click log of any size with a known answer.
 
     Sizes that are not given follow from ``num_impressions`` so that ids stay learnable at every size: 64 impressions a
-    user, and ``num_impressions ** 0.6`` items (200 thousand impressions: 3,125 users and 1,516 items; 100 million:
+    user, and ``num_impressions ** 0.6`` items (200 thousand impressions: 3,125 users and 1,515 items; 100 million:
     1.6 million users and 63 thousand items).
 
     Example:
         >>> SimulatorConfig(num_impressions=200_000).resolved().num_items
-        1516
+        1515
     """
 
     num_impressions: int = Field(200_000, ge=1_000, le=1_000_000_000)
@@ -44,12 +44,12 @@ class SimulatorConfig(Config):
     num_categories: int = Field(24, ge=2, le=10_000)
     topics_per_category: int = Field(5, ge=1, le=1000, description="hidden: what an item is about inside its category")
     latent_dim: int = Field(12, ge=2, le=256)
-    topic_spread: float = Field(0.5, ge=0, le=10, description="distance of topics from their category's centre")
-    item_spread: float = Field(0.3, ge=0, le=10, description="distance of items from their topic")
+    topic_spread: float = Field(0.4, ge=0, le=10, description="distance of topics from their category's centre")
+    item_spread: float = Field(0.25, ge=0, le=10, description="distance of items from their topic")
     popularity_exponent: float = Field(0.8, ge=0, le=3, description="Zipf: weight of rank r is r ** -exponent")
 
     interest_lifetimes_days: tuple[float, ...] = Field(
-        (120.0, 60.0, 40.0, 20.0),
+        (150.0, 90.0, 60.0, 30.0),
         min_length=1,
         max_length=32,
         description="a user has one interest a value at any time, renewed after about so many days",
@@ -57,7 +57,7 @@ class SimulatorConfig(Config):
     segment_share: float = Field(0.3, ge=0, le=1, description="interests that follow the user's age and gender")
 
     click_rate: float = Field(0.2, gt=0.001, lt=0.9, description="expected clicks an impression, met by the intercept")
-    interest_effect: float = Field(5.3, ge=0, le=50, description="logit of a perfect match with the strongest interest")
+    interest_effect: float = Field(4.6, ge=0, le=50, description="logit of a perfect match with the strongest interest")
     interest_sharpness: float = Field(5.0, gt=0, le=100, description="k of exp(k (cos - 1)): how narrow an interest is")
     item_effect: float = Field(0.5, ge=0, le=10, description="standard deviation of the item's own logit")
     user_effect: float = Field(0.3, ge=0, le=10, description="standard deviation of the user's own logit")

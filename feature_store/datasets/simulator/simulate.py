@@ -39,6 +39,8 @@ MARKER = "simulation.json"
 LATER_SHARE = 0.2
 """The last share of the requests, on which the floor is measured."""
 
+_MAX_WORKERS = 8
+
 T = TypeVar("T")
 
 
@@ -88,7 +90,7 @@ def simulate(
         config: what to simulate.
         output_dir: a folder; it appears complete or not at all. One written before is replaced.
         progress: called after each block with the impressions written and the impressions in all.
-        workers: threads that generate blocks.
+        workers: threads that generate blocks. More than eight are not used: one thread writes, and no faster for them.
 
     Raises:
         SourceError: ``output_dir`` holds something else.
@@ -100,7 +102,7 @@ def simulate(
             "users": _write_all(folder / "users.parquet", users_tables(world)),
             "items": _write_all(folder / "items.parquet", items_tables(world)),
         }
-        summary = _write_log(world, folder, num_rows, progress, workers)
+        summary = _write_log(world, folder, num_rows, progress, min(workers, _MAX_WORKERS))
         write_json(folder / MARKER, summary.to_dict())
     return summary
 
