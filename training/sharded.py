@@ -175,20 +175,16 @@ def moments_over_ranks(x: Tensor, valid: Tensor | None) -> Moments:
     The same as :func:`recsys.layers.activations.masked_moments` on the ranks' inputs put together, gradients included.
 
     Args:
-        x: (N, C) or (N, C, L).
-        valid: (N,) or (N, L), True = counts; None = all count.
+        x: (N, C), finite at positions that are not valid too.
+        valid: (N,), True = counts; None = all count.
     """
-    axes = [axis for axis in range(x.dim()) if axis != 1]
-    if valid is None:
-        valid = torch.ones((), dtype=torch.bool, device=x.device).expand(x.select(1, 0).shape)
-    weight = valid.unsqueeze(1).to(x.dtype)
-    count = valid.sum()
-    dist.all_reduce(count)
-    divisor = count.clamp(min=1).to(x.dtype)
-    mean: Tensor = _SumOverRanks.apply((x * weight).sum(axes)) / divisor  # type: ignore[no-untyped-call]
-    centred = (x - mean.reshape(-1, *[1] * (x.dim() - 2))) * weight
-    var: Tensor = _SumOverRanks.apply(centred.square().sum(axes)) / divisor  # type: ignore[no-untyped-call]
-    return Moments(mean, var, count)
+    weight = x.new_ones(x.shape[0]) if valid is None else valid.to(x.dtype)
+    num_positions = torch.as_tensor(x.shape[0] if valid is None else valid.sum(), device=x.device)
+    dist.all_reduce(num_positions)
+    weight = weight / num_positions.clamp(min=1)
+    mean: Tensor = _SumOverRanks.apply(weight @ x)  # type: ignore[no-untyped-call]
+    var: Tensor = _SumOverRanks.apply(weight @ (x - mean).square())  # type: ignore[no-untyped-call]
+    return Moments(mean, var, num_positions)
 
 
 def synchronise_moments(model: nn.Module) -> None:
