@@ -1,16 +1,18 @@
 """Configuration: YAML in, one frozen object out, or one error that lists everything that is wrong.
 
-YAML is data only. A file is complete by itself: there is no inheritance, no interpolation and no dotted path to a class. The
-only override is ``--set a.b=c``, applied before validation, so that the whole is validated at once.
+YAML is data only. A file is complete by itself: there is no inheritance, no interpolation and no dotted path to a
+class. The only override is ``--set a.b=c``, applied before validation, so that the whole is validated at once.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from types import NoneType, UnionType
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -26,10 +28,23 @@ class Config(BaseModel):
     model_config = ConfigDict(strict=True, frozen=True, extra="forbid", allow_inf_nan=False)
 
 
+class InconsistentError(ValueError):
+    """Several broken rules between fields, raised by a validator; :func:`validate` gives each a line."""
+
+    def __init__(self, problems: Iterable[str]) -> None:
+        self.problems = tuple(problems)
+        super().__init__("; ".join(self.problems))
+
+
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that keeps dates as text (their meaning is the schema's) and refuses repeated keys."""
+    """SafeLoader of plain data: dates stay text (their meaning is the schema's); no repeated keys, no other types."""
 
 
+_Loader.yaml_constructors = {
+    tag: constructor
+    for tag, constructor in yaml.SafeLoader.yaml_constructors.items()
+    if tag is None or tag.rpartition(":")[2] in ("null", "bool", "int", "float", "str", "seq", "map")
+}
 _Loader.yaml_implicit_resolvers = {
     first: [(tag, regexp) for tag, regexp in resolvers if tag != "tag:yaml.org,2002:timestamp"]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
@@ -39,7 +54,7 @@ _Loader.yaml_implicit_resolvers = {
 def _mapping_without_repeats(loader: _Loader, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
     seen: set[Any] = set()
     for key_node, _ in node.value:
-        key = loader.construct_object(key_node, deep=deep)  # type: ignore[no-untyped-call]
+        key = loader.construct_object(key_node, deep=deep)
         if not isinstance(key, str):
             raise yaml.MarkedYAMLError(problem=f"key {key!r} must be text: quote it", problem_mark=key_node.start_mark)
         if key in seen:
@@ -55,16 +70,20 @@ def load_yaml(path: str | Path) -> dict[str, Any]:
     """Reads one YAML mapping.
 
     Raises:
-        ConfigError: the file is missing, is not UTF-8, is not YAML (with line and column), or is not a mapping.
+        ConfigError: the file is missing or unreadable, is not UTF-8, is not YAML (with line and column), or is not a
+            mapping.
     """
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError as err:
         siblings = [p.name for p in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
-        raise ConfigError(f"{path} does not exist", hint=nearest(path.name, siblings)) from err
+        hint = nearest(path.name, siblings) if siblings else f"there are no YAML files in {path.parent}"
+        raise ConfigError(f"{path} does not exist", hint=hint) from err
     except IsADirectoryError as err:
         raise ConfigError(f"{path} must be a YAML file, got a folder") from err
+    except OSError as err:
+        raise ConfigError(f"{path} must be a file that can be read, got: {err.strerror}") from err
     except UnicodeDecodeError as err:
         raise ConfigError(f"{path} must be UTF-8 text, got other bytes at offset {err.start}") from err
     return parse_yaml(text, source=str(path))
@@ -73,15 +92,21 @@ def load_yaml(path: str | Path) -> dict[str, Any]:
 def parse_yaml(text: str, *, source: str) -> dict[str, Any]:
     """Parses one YAML mapping from text; ``source`` names it in errors."""
     try:
-        loaded = yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
+        loaded = yaml.load(text, Loader=_Loader)
     except yaml.MarkedYAMLError as err:
         mark = err.problem_mark
         place = f"{source}:{mark.line + 1}:{mark.column + 1}" if mark else source
         raise ConfigError(f"{place} must be valid YAML: {err.problem}") from err
     except yaml.YAMLError as err:
         raise ConfigError(f"{source} must be valid YAML: {err}") from err
+    if loaded is None:
+        raise ConfigError(f"{source} must hold a mapping at its top, got nothing")
     if not isinstance(loaded, dict):
         raise ConfigError(f"{source} must hold a mapping at its top, got {type(loaded).__name__}")
+    try:
+        json.dumps(loaded)
+    except (ValueError, RecursionError) as err:
+        raise ConfigError(f"{source} must hold data of finite depth, got an alias of what it stands in") from err
     return loaded
 
 
@@ -102,7 +127,7 @@ def apply_overrides(mapping: Mapping[str, Any], overrides: Iterable[str]) -> dic
         if not separator or not all(keys):
             raise ConfigError(f"--set must read a.b=c, got {override!r}")
         try:
-            value = yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
+            value = yaml.load(text, Loader=_Loader)
         except yaml.YAMLError as err:
             raise ConfigError(f"--set {path}= must be followed by a YAML value") from err
         node: Any = result
@@ -120,7 +145,7 @@ def apply_overrides(mapping: Mapping[str, Any], overrides: Iterable[str]) -> dic
 
 def _step(node: Any, key: str, path: str, *, create: bool) -> Any:
     if isinstance(node, list):
-        if not key.isdigit() or int(key) >= len(node):
+        if not key.isdecimal() or int(key) >= len(node):
             raise ConfigError(f"--set {path} must be a position below {len(node)}, got {key!r}")
         return node[int(key)]
     if isinstance(node, dict):
@@ -133,6 +158,8 @@ def _step(node: Any, key: str, path: str, *, create: bool) -> Any:
 def validate(cls: type[C], mapping: Mapping[str, Any], *, source: str) -> C:
     """Builds a config object, or raises one :class:`ConfigError` listing every violation with its path.
 
+    Rules between fields are looked at once each field by itself is right.
+
     Args:
         source: names the mapping in the message, usually its file.
     """
@@ -140,10 +167,11 @@ def validate(cls: type[C], mapping: Mapping[str, Any], *, source: str) -> C:
         # Through JSON: strict mode then takes a list for a tuple and text for a literal, and nothing else changes type.
         return cls.model_validate_json(json.dumps(mapping))
     except ValidationError as err:
-        lines, hints = [], []
-        for violation in err.errors(include_url=False):
-            line, hint = _describe(cls, violation)
-            lines.append(line)
+        lines: list[str] = []
+        hints: list[str] = []
+        for violation in _told_apart(err.errors(include_url=False)):
+            found, hint = _describe(cls, violation)
+            lines.extend(found)
             if hint and hint not in hints:
                 hints.append(hint)
         raise ConfigError(
@@ -152,34 +180,70 @@ def validate(cls: type[C], mapping: Mapping[str, Any], *, source: str) -> C:
         ) from err
 
 
-def _describe(cls: type[BaseModel], violation: Any) -> tuple[str, str | None]:
-    path = ".".join(str(part) for part in violation["loc"]) or "(top)"
+def _told_apart(violations: Iterable[Any]) -> list[Any]:
+    """Leaves out that a list is too short where pydantic says so only because it left out the broken items."""
+    violations = list(violations)
+    return [
+        v
+        for v in violations
+        if v["type"] != "too_short" or not any(_is_inside(other["loc"], v["loc"]) for other in violations)
+    ]
+
+
+def _is_inside(location: tuple[Any, ...], outer: tuple[Any, ...]) -> bool:
+    return len(location) > len(outer) and location[: len(outer)] == outer
+
+
+def _describe(cls: type[BaseModel], violation: Any) -> tuple[list[str], str | None]:
+    """Lines for a violation, mostly one, and a hint."""
+    path = ".".join(str(part) for part in violation["loc"])
     kind, message, got = violation["type"], violation["msg"], violation.get("input")
-    hint = None
     if kind == "missing":
-        return f"{path}: must be given", None
+        return [f"{path}: must be given"], None
     if kind == "extra_forbidden":
         known = _keys_at(cls, violation["loc"][:-1])
-        return f"{path}: is not a known key", f"{path}: {nearest(str(violation['loc'][-1]), known)}" if known else None
-    if kind.endswith("union_tag_invalid"):
+        hint = f"{path}: {nearest(str(violation['loc'][-1]), known)}" if known else None
+        return [f"{path}: is not a known key"], hint
+    kind_path = f"{path}.kind" if path else "kind"
+    if kind == "union_tag_invalid":
         context = violation["ctx"]
-        known_tags = [t.strip().strip("'") for t in str(context["expected_tags"]).split(",")]
-        return f"{path}.kind: {context['tag']!r} is not known", f"{path}.kind: {nearest(str(context['tag']), known_tags)}"
-    if kind.endswith("union_tag_not_found"):
-        return f"{path}.kind: must be given", None
-    message = message.removeprefix("Value error, ").replace("Input should be", "must be", 1)
+        known = [t.strip().strip("'") for t in str(context["expected_tags"]).split(",")]
+        return [f"{kind_path}: {context['tag']!r} is not known"], f"{kind_path}: {nearest(str(context['tag']), known)}"
+    if kind == "union_tag_not_found":
+        return [f"{kind_path}: must be given"], None
+    if kind == "value_error" and isinstance(violation["ctx"]["error"], InconsistentError):
+        return [f"{path}: {line}" if path else line for line in violation["ctx"]["error"].problems], None
+    if kind in ("too_short", "too_long"):
+        context = violation["ctx"]
+        bound = context["min_length"] if kind == "too_short" else context["max_length"]
+        rule = f"at {'least' if kind == 'too_short' else 'most'} {bound} item{'' if bound == 1 else 's'}"
+        return [f"{path}: must have {rule}, got {context['actual_length']}"], None
+    message = message.removeprefix("Value error, ")
+    message = re.sub(r"^(Input|String|Tuple|List|Dictionary|Set|Decimal|URL|Number) should", "must", message)
+    message = _IN_YAML_WORDS.get(message, message)
     if not message.startswith("must"):
         message = message[0].lower() + message[1:]
-    if isinstance(got, str) and kind.startswith(("float", "int")):
-        try:
-            number = float(got)
-        except ValueError:
-            pass
-        else:
-            mantissa = got.lower()
-            hint = f"YAML reads {got} as text: write {_yaml_number(mantissa, number)}"
-    shown = f", got {json.dumps(got)}" if isinstance(got, (str, int, float, bool)) or got is None else ""
-    return f"{path}: {message}{shown[:120]}", hint
+    shown = f", got {json.dumps(got, ensure_ascii=False)}" if isinstance(got, str | int | float) or got is None else ""
+    return [f"{path or '(top)'}: {message}{shown[:120]}"], _number_hint(kind, got)
+
+
+_IN_YAML_WORDS = {
+    "must be a valid array": "must be a list",
+    "must be an object": "must be a mapping",
+    "must be a valid string": "must be text",
+    "must be a valid boolean": "must be true or false",
+}
+
+
+def _number_hint(kind: str, got: Any) -> str | None:
+    if not isinstance(got, str) or not kind.startswith(("float", "int")):
+        return None
+    try:
+        number = float(got)
+    except ValueError:
+        return None
+    written = _yaml_number(got.lower(), number)
+    return f"write {got} without quotes" if written == got else f"YAML reads {got} as text: write {written}"
 
 
 def _yaml_number(text: str, number: float) -> str:
@@ -191,26 +255,41 @@ def _yaml_number(text: str, number: float) -> str:
 
 
 def _keys_at(cls: type[BaseModel], location: tuple[Any, ...]) -> list[str]:
-    """Field names of the model class that a location points into; unions yield the chosen class."""
-    current: Any = cls
+    """Field names of the model class that a location points into; none if it points elsewhere."""
+    annotation: Any = cls
     for part in location:
-        if not (isinstance(current, type) and issubclass(current, BaseModel)):
-            options = [c for c in _classes_in(current) if _tag_of(c) == part]
-            current = options[0] if options else current
-            continue
-        field = current.model_fields.get(str(part))
-        if field is None:
-            return []
-        current = field.annotation
-        inner = _classes_in(current)
-        current = inner[0] if len(inner) == 1 else current
-    return list(current.model_fields) if isinstance(current, type) and issubclass(current, BaseModel) else []
+        annotation = _inside(annotation, part)
+    members = _members(annotation)
+    return list(members[0].model_fields) if len(members) == 1 and _is_model(members[0]) else []
 
 
-def _classes_in(annotation: Any) -> list[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
-    return [c for argument in getattr(annotation, "__args__", ()) for c in _classes_in(argument)]
+def _inside(annotation: Any, part: Any) -> Any:
+    """The annotation one step along: to a field, a place in a list, a key of a dictionary, or the tag of a union."""
+    members = _members(annotation)
+    if len(members) > 1:
+        return next((m for m in members if _is_model(m) and _tag_of(m) == part), None)
+    if len(members) == 0:
+        return None
+    if _is_model(members[0]):
+        field = members[0].model_fields.get(str(part))
+        return None if field is None else field.annotation
+    origin, arguments = get_origin(members[0]), get_args(members[0])
+    if origin is dict:
+        return arguments[1]
+    return arguments[0] if origin in (tuple, list) else None
+
+
+def _members(annotation: Any) -> list[Any]:
+    """What a value may be besides null; one thing if the annotation is no union."""
+    if get_origin(annotation) is Annotated:
+        return _members(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, UnionType):
+        return [m for argument in get_args(annotation) for m in _members(argument)]
+    return [] if annotation in (None, NoneType) else [annotation]
+
+
+def _is_model(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
 
 
 def _tag_of(cls: type[BaseModel]) -> str | None:

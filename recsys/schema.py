@@ -24,7 +24,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from recsys.config import Config, load_yaml, validate
+from recsys.config import Config, InconsistentError, load_yaml, validate
 from recsys.errors import SchemaError, nearest
 
 PADDING_ID = 0
@@ -120,7 +120,9 @@ class Categorical(_Feature):
 
     kind: Literal["categorical"] = "categorical"
     table: Name | None = Field(None, description="a shared table; the feature's own if not given")
-    encoder: EncoderSpec | None = Field(None, description="encoder of the feature's own table; a vocabulary if not given")
+    encoder: EncoderSpec | None = Field(
+        None, description="encoder of the feature's own table; a vocabulary if not given"
+    )
 
     @property
     def table_name(self) -> str:
@@ -156,8 +158,8 @@ class Table(Config):
 class History(Config):
     """The user's events strictly before the request, oldest first.
 
-    ``attributes`` name item features: each event has them through its item, in the candidate's own tables. ``max_length``
-    bounds what a batch reads, not what is stored: storage is two integers a request whatever the length.
+    ``attributes`` name item features: each event has them through its item, in the candidate's own tables.
+    ``max_length`` bounds what a batch reads, not what is stored: storage is two integers a request whatever the length.
     """
 
     name: Name
@@ -172,7 +174,9 @@ class Task(Config):
 
     name: Name
     label: str = Field(min_length=1, description="column of the impressions view")
-    at_least: float | None = Field(None, description="label is 1 where the column is at least this; else it must hold 0/1")
+    at_least: float | None = Field(
+        None, description="label is 1 where the column is at least this; else it must hold 0/1"
+    )
 
 
 class ImpressionsView(Config):
@@ -205,7 +209,7 @@ class EntityView(Config):
 
 
 class Views(Config):
-    """Where each view is (a file, a folder or a pattern, relative to the folder of views) and what its key columns are."""
+    """Where each view is (a file, a folder or a pattern, relative to the folder of views), and its key columns."""
 
     impressions: ImpressionsView
     events: EventsView | None = None
@@ -242,65 +246,78 @@ class Schema(Config):
     def _consistent(self) -> Self:
         problems = list(self._problems())
         if problems:
-            raise ValueError("must be consistent: " + "; ".join(problems))
+            raise InconsistentError(problems)
         return self
 
     def _problems(self) -> Iterator[str]:
-        names: set[str] = set()
+        yield from self._name_problems()
+        yield from self._view_problems()
+        yield from self._table_problems()
+        for history in self.histories:
+            yield from self._history_problems(history)
+
+    def _name_problems(self) -> Iterator[str]:
+        taken: set[str] = set()
         for feature in self.features:
-            if feature.name in names:
+            if feature.name in taken:
                 yield f"feature {feature.name!r} is declared twice"
-            names.add(feature.name)
+            taken.add(feature.name)
+        for history in self.histories:
+            if history.name in taken:
+                yield f"history {history.name!r}: the name is taken"
+            taken.add(history.name)
+            for feature in history.event_features:
+                if feature.name in taken:
+                    yield f"history {history.name!r}: event feature {feature.name!r}: the name is taken"
+                taken.add(feature.name)
+        if len({t.name for t in self.tasks}) < len(self.tasks):
+            yield "two tasks have the same name"
+
+    def _view_problems(self) -> Iterator[str]:
+        views = self.views
+        for feature in self.features:
             if feature.scope == "event":
                 yield f"feature {feature.name!r} has scope 'event': declare it under a history's event_features"
-            if feature.scope == "user" and self.views.users is None and feature.source_column != self.views.impressions.user:
+            if feature.scope == "user" and views.users is None and feature.source_column != views.impressions.user:
                 yield f"user feature {feature.name!r} needs views.users"
-            if feature.scope == "item" and self.views.items is None and feature.source_column != self.views.impressions.item:
+            if feature.scope == "item" and views.items is None and feature.source_column != views.impressions.item:
                 yield f"item feature {feature.name!r} needs views.items"
-        by_name = {f.name: f for f in self.features}
-        used: set[str] = set()
-        every = [*self.features, *(f for h in self.histories for f in h.event_features)]
-        own = {f.name for f in every if isinstance(f, Categorical) and f.table is None}
-        for feature in every:
-            if not isinstance(feature, Categorical):
+
+    def _table_problems(self) -> Iterator[str]:
+        embedded = [f for f in self.all_features if isinstance(f, Categorical)]
+        own = {f.name for f in embedded if f.table is None}
+        for feature in embedded:
+            if feature.table is None:
+                if feature.name in self.tables and feature.encoder is not None:
+                    yield f"feature {feature.name!r} gives an encoder, and so does its table"
                 continue
-            if feature.table is not None:
-                used.add(feature.table)
-                if feature.encoder is not None:
-                    yield f"feature {feature.name!r} gives both table and encoder: the encoder belongs to the table"
-                if feature.table not in self.tables and feature.table not in own:
-                    yield f"feature {feature.name!r}: table {feature.table!r} is not known, {nearest(feature.table, [*self.tables, *own])}"
-            elif feature.name in self.tables and feature.encoder is not None:
-                yield f"feature {feature.name!r} gives an encoder, and so does its table"
+            if feature.encoder is not None:
+                yield f"feature {feature.name!r} gives both table and encoder: the encoder belongs to the table"
+            if feature.table not in self.tables and feature.table not in own:
+                hint = nearest(feature.table, [*self.tables, *own])
+                yield f"feature {feature.name!r}: table {feature.table!r} is not known, {hint}"
         for table in self.tables:
-            if table not in used and table not in own:
+            if table not in {f.table_name for f in embedded}:
                 yield f"table {table!r} is used by no feature"
-        history_names: set[str] = set()
-        for history in self.histories:
-            if history.name in history_names or history.name in names:
-                yield f"history {history.name!r}: the name is taken"
-            history_names.add(history.name)
-            if self.views.events is None:
-                yield f"history {history.name!r} needs views.events"
-            elif history.event_types is not None and self.views.events.type is None:
-                yield f"history {history.name!r} filters on event types and needs views.events.type"
-            if len(set(history.attributes)) < len(history.attributes):
-                yield f"history {history.name!r} repeats an attribute"
-            for attribute in history.attributes:
-                target = by_name.get(attribute)
-                if target is None:
-                    yield f"history {history.name!r}: attribute {attribute!r} is not a feature, {nearest(attribute, names)}"
-                elif target.scope != "item":
-                    yield f"history {history.name!r}: attribute {attribute!r} must be an item feature, got scope {target.scope!r}"
-            for event_feature in history.event_features:
-                if event_feature.scope != "event":
-                    yield f"history {history.name!r}: event feature {event_feature.name!r} must have scope 'event'"
-                if event_feature.name in names:
-                    yield f"history {history.name!r}: event feature {event_feature.name!r}: the name is taken"
-                names.add(event_feature.name)
-        tasks = [t.name for t in self.tasks]
-        if len(set(tasks)) < len(tasks):
-            yield "two tasks have the same name"
+
+    def _history_problems(self, history: History) -> Iterator[str]:
+        place = f"history {history.name!r}"
+        if self.views.events is None:
+            yield f"{place} needs views.events"
+        elif history.event_types is not None and self.views.events.type is None:
+            yield f"{place} filters on event types and needs views.events.type"
+        if len(set(history.attributes)) < len(history.attributes):
+            yield f"{place} repeats an attribute"
+        scopes = {f.name: f.scope for f in self.features}
+        for attribute in history.attributes:
+            if attribute not in scopes:
+                hint = nearest(attribute, [name for name, scope in scopes.items() if scope == "item"])
+                yield f"{place}: attribute {attribute!r} is not a feature, {hint}"
+            elif scopes[attribute] != "item":
+                yield f"{place}: attribute {attribute!r} must be an item feature, got scope {scopes[attribute]!r}"
+        for feature in history.event_features:
+            if feature.scope != "event":
+                yield f"{place}: event feature {feature.name!r} must have scope 'event', got {feature.scope!r}"
 
     @property
     def all_features(self) -> tuple[Categorical | MultiCategorical | Dense, ...]:
@@ -345,9 +362,6 @@ class Schema(Config):
                 encoders[table] = self.tables[table].encoder
             elif feature.table is None:
                 encoders[table] = feature.encoder or Vocabulary()
-            else:
+            else:  # another feature's own table: that feature decides the encoder, this one may hold its place
                 encoders.setdefault(table, None)
-        for feature in self.all_features:
-            if isinstance(feature, Categorical) and encoders.get(feature.table_name) is None:
-                encoders[feature.table_name] = feature.encoder or Vocabulary()
         return encoders
