@@ -1,6 +1,6 @@
 """Building blocks of networks. They take flat keyword arguments, and know nothing of configs, schemas or devices.
 
-Channels are on axis 1, as in torch's own batch normalisation: (N, C), or (N, C, L) with a mask ``valid`` (N, L).
+Activations take (N, C) and a mask ``valid`` (N,), True where the position is real.
 """
 
 from recsys.layers.activations import (

@@ -1,4 +1,4 @@
-"""Activations that know which positions are real: ``(x, valid) -> x``, channels on axis 1."""
+"""Activations that know which positions are real: ``(x (N, C), valid (N,) or None) -> (N, C)``."""
 
 from __future__ import annotations
 
@@ -32,23 +32,14 @@ def masked_moments(x: Tensor, valid: Tensor | None) -> Moments:
     """Mean and variance of each channel over valid positions, in two passes.
 
     Args:
-        x: (N, C) or (N, C, L).
-        valid: (N,) or (N, L), True = counts; None = all count.
+        x: (N, C), finite at positions that are not valid too.
+        valid: (N,), True = counts; None = all count.
     """
-    axes = [axis for axis in range(x.dim()) if axis != 1]
-    if valid is None:
-        valid = torch.ones((), dtype=torch.bool, device=x.device).expand(x.select(1, 0).shape)
-    valid = valid.unsqueeze(1)
-    count = valid.sum()
-    divisor = count.clamp(min=1).to(x.dtype)
-    mean = torch.where(valid, x, 0.0).sum(axes) / divisor
-    centred = torch.where(valid, x - _to_channels(mean, x), 0.0)
-    return Moments(mean, centred.square().sum(axes) / divisor, count)
-
-
-def _to_channels(per_channel: Tensor, like: Tensor) -> Tensor:
-    """(C,) -> (C,) or (C, 1), to broadcast over ``like``."""
-    return per_channel.reshape(-1, *[1] * (like.dim() - 2))
+    weight = x.new_ones(x.shape[0]) if valid is None else valid.to(x.dtype)
+    num_positions = torch.tensor(x.shape[0], device=x.device) if valid is None else valid.sum()
+    weight = weight / num_positions.clamp(min=1)
+    mean = weight @ x
+    return Moments(mean, weight @ (x - mean).square(), num_positions)
 
 
 class Dice(nn.Module):
@@ -75,7 +66,7 @@ class Dice(nn.Module):
             Data parallel training puts a function here that reduces over all ranks, and may let gradients through it.
 
     Shape:
-        (N, C) with valid (N,), or (N, C, L) with valid (N, L) -> the same. ``valid`` may be None: all are.
+        x (N, C), finite everywhere; valid (N,), or None: all are -> (N, C).
 
     Example:
         >>> import torch
@@ -106,17 +97,17 @@ class Dice(nn.Module):
         """Activates ``x``; in training, also moves the moving averages."""
         mean, var = self._batch_statistics(x, valid) if self.training else (self.running_mean, self.running_var)
         scale = torch.rsqrt(var + self.eps)
-        p = torch.sigmoid((x - _to_channels(mean, x)) * _to_channels(scale, x))
-        alpha = _to_channels(self.alpha, x)
-        return (alpha + (1.0 - alpha) * p) * x
+        # Difference first: where a channel hardly varies, its large scale would magnify the rounding of a product.
+        p = torch.sigmoid((x - mean) * scale)
+        return torch.addcmul(self.alpha, p, 1.0 - self.alpha) * x
 
     def _batch_statistics(self, x: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
         # DIFF(paper): valid positions only, because a padded position is not data and would shift every channel.
-        mean, var, count = self.moments(x, valid)
+        mean, var, num_positions = self.moments(x, valid)
         with torch.no_grad():
             # A batch without one valid position leaves the moving averages as they are.
-            step = self.momentum * (count > 0).to(x.dtype)
-            unbiased = var * (count / (count - 1).clamp(min=1)).to(x.dtype)
+            step = self.momentum * (num_positions > 0).to(x.dtype)
+            unbiased = var * num_positions.to(x.dtype) / (num_positions - 1).clamp(min=1)
             self.running_mean.lerp_(mean.detach(), step)
             self.running_var.lerp_(unbiased.detach(), step)
         return mean, var
@@ -137,7 +128,7 @@ class PReLU(nn.Module):
         channels: C.
 
     Shape:
-        (N, C) or (N, C, L) -> the same; ``valid`` is not used.
+        (N, C) -> (N, C); ``valid`` is not used.
 
     Example:
         >>> import torch
@@ -155,7 +146,7 @@ class PReLU(nn.Module):
         nn.init.constant_(self.alpha, 0.25)
 
     def forward(self, x: Tensor, valid: Tensor | None = None) -> Tensor:  # noqa: ARG002 - called alike
-        """Activates ``x``, of any shape with channels on axis 1."""
+        """Activates ``x`` (N, C)."""
         return functional.prelu(x, self.alpha)
 
     def extra_repr(self) -> str:
@@ -170,7 +161,7 @@ class Sigmoid(nn.Module):
         super().__init__()
 
     def forward(self, x: Tensor, valid: Tensor | None = None) -> Tensor:  # noqa: ARG002 - called alike
-        """Activates ``x``, of any shape with channels on axis 1."""
+        """Activates ``x`` (N, C)."""
         return torch.sigmoid(x)
 
 
@@ -181,7 +172,7 @@ class ReLU(nn.Module):
         super().__init__()
 
     def forward(self, x: Tensor, valid: Tensor | None = None) -> Tensor:  # noqa: ARG002 - called alike
-        """Activates ``x``, of any shape with channels on axis 1."""
+        """Activates ``x`` (N, C)."""
         return torch.relu(x)
 
 

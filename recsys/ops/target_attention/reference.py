@@ -18,7 +18,7 @@ Shapes: R requests, N candidates (rows), L events, D width of a query, E width o
 key is ``[what the query also has (D); what only events have (E)]``; difference and product are over the first D.
 
 There are two code forms, each of which can be exported whole: any number of requests (keys gathered to rows), and a
-single request (one product ``[N * H, D + E] x [D + E, L]``, nothing gathered).
+single request (one product ``[L, D + E] x [D + E, N * H]``, nothing gathered).
 """
 
 from __future__ import annotations
@@ -29,9 +29,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 Activation = Callable[[Tensor, Tensor], Tensor]
-"""``(x (N, H, L), valid (N, L)) -> (N, H, L)``: channels on axis 1, ``valid`` True where the event is real."""
+"""``(x (P, H), valid (P,)) -> (P, H)`` over P pairs of a candidate and an event, ``valid`` where the event is real."""
 
 
 class UnitWeights(NamedTuple):
@@ -72,7 +73,7 @@ def target_attention(
 
     Args:
         query: (N, D) candidates.
-        keys: (R, L, D + E) histories; what lies at and beyond the length has no effect, not even NaN.
+        keys: (R, L, D + E) histories; what lies at and beyond a length is finite, and has no effect.
         lengths: (R,) int64 in [0, L].
         request_of_row: (N,) int64 in [0, R).
         weights: of the activation unit.
@@ -108,16 +109,16 @@ def target_attention_single_request(
     query: Tensor, keys: Tensor, lengths: Tensor, weights: UnitWeights, activations: Sequence[Activation]
 ) -> Tensor:
     """As :func:`target_attention` where R = 1: ``keys`` (1, L, D + E), ``lengths`` (1,)."""
-    scores_NL, keys_LD, valid_NL = _scores_of_request(query, keys, lengths, weights, activations)
-    return _masked(scores_NL, valid_NL) @ keys_LD
+    scores_NL, keys_LD, valid_L = _scores_of_request(query, keys, lengths, weights, activations)
+    return _masked(scores_NL, valid_L) @ keys_LD
 
 
 def softmax_target_attention_single_request(
     query: Tensor, keys: Tensor, lengths: Tensor, weights: UnitWeights, activations: Sequence[Activation]
 ) -> Tensor:
     """As :func:`softmax_target_attention` where R = 1: ``keys`` (1, L, D + E), ``lengths`` (1,)."""
-    scores_NL, keys_LD, valid_NL = _scores_of_request(query, keys, lengths, weights, activations)
-    return _softmax(scores_NL, valid_NL, keys.shape[2]) @ keys_LD
+    scores_NL, keys_LD, valid_L = _scores_of_request(query, keys, lengths, weights, activations)
+    return _softmax(scores_NL, valid_L, keys.shape[2]) @ keys_LD
 
 
 def _scores_of_rows(
@@ -130,30 +131,28 @@ def _scores_of_rows(
 ) -> tuple[Tensor, Tensor, Tensor]:
     valid_RL = _valid(keys, lengths)
     # index_select: its gradient is an index_add, several times faster on a CPU than that of indexing.
-    rows_NLD = _zero_padding(keys, valid_RL).index_select(0, request_of_row)
+    rows_NLD = keys.index_select(0, request_of_row)
     valid_NL = valid_RL.index_select(0, request_of_row)
     folded_NHD, bias_NH = _fold(query, weights)
-    hidden_NHL = torch.baddbmm(bias_NH.unsqueeze(2), folded_NHD, rows_NLD.transpose(1, 2))
-    return _rest_of_unit(hidden_NHL, valid_NL, weights, activations), rows_NLD, valid_NL
+    hidden_NLH = torch.baddbmm(bias_NH.unsqueeze(1), rows_NLD, folded_NHD.transpose(1, 2))
+    scores = _rest_of_unit(hidden_NLH.flatten(0, 1), valid_NL.flatten(), weights, activations)
+    return scores.view(valid_NL.shape), rows_NLD, valid_NL
 
 
 def _scores_of_request(
     query: Tensor, keys: Tensor, lengths: Tensor, weights: UnitWeights, activations: Sequence[Activation]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    valid_RL = _valid(keys, lengths)
-    keys_LD = _zero_padding(keys, valid_RL).squeeze(0)
-    valid_NL = valid_RL.expand(query.shape[0], -1)
+    valid_L = _valid(keys, lengths).squeeze(0)
+    keys_LD = keys.squeeze(0)
     folded_NHD, bias_NH = _fold(query, weights)
-    hidden_NHL = (folded_NHD.flatten(0, 1) @ keys_LD.t()).unflatten(0, bias_NH.shape) + bias_NH.unsqueeze(2)
-    return _rest_of_unit(hidden_NHL, valid_NL, weights, activations), keys_LD, valid_NL
+    hidden_LNH = torch.addmm(bias_NH.flatten(), keys_LD, folded_NHD.flatten(0, 1).t()).view(-1, bias_NH.shape[1])
+    valid_LN = valid_L.unsqueeze(1).expand(-1, query.shape[0])
+    scores = _rest_of_unit(hidden_LNH, valid_LN.flatten(), weights, activations)
+    return scores.view(valid_LN.shape).t(), keys_LD, valid_L
 
 
 def _valid(keys: Tensor, lengths: Tensor) -> Tensor:
     return torch.arange(keys.shape[1], device=keys.device) < lengths.unsqueeze(1)
-
-
-def _zero_padding(keys: Tensor, valid: Tensor) -> Tensor:
-    return keys.masked_fill(~valid.unsqueeze(2), 0.0)
 
 
 def _fold(query: Tensor, weights: UnitWeights) -> tuple[Tensor, Tensor]:
@@ -167,11 +166,11 @@ def _fold(query: Tensor, weights: UnitWeights) -> tuple[Tensor, Tensor]:
 
 
 def _rest_of_unit(hidden: Tensor, valid: Tensor, weights: UnitWeights, activations: Sequence[Activation]) -> Tensor:
-    """Scores (N, L), of padding too."""
+    """From the first layer of every pair (pairs, H), of padding too, to its score (pairs,)."""
     hidden = activations[0](hidden, valid)
     for (weight, bias), activation in zip(weights.hidden, activations[1:], strict=True):
-        hidden = activation(torch.matmul(weight, hidden) + bias.unsqueeze(1), valid)
-    return torch.matmul(weights.output, hidden) + weights.output_bias
+        hidden = activation(functional.linear(hidden, weight, bias), valid)
+    return torch.mv(hidden, weights.output) + weights.output_bias
 
 
 def _masked(scores: Tensor, valid: Tensor) -> Tensor:

@@ -1,0 +1,400 @@
+"""What every model keeps, whatever it is: a new one joins by its line in ``MODELS`` and an entry in ``CASES``."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, export
+from torch.utils._pytree import tree_map
+
+from recsys.batch import Bags, Batch, Column, HistoryBatch
+from recsys.config import Config
+from recsys.embedded import Embedded, EmbeddedHistory
+from recsys.losses import mean_binary_cross_entropy
+from recsys.models import MODELS, RankingModel, build_model
+from recsys.models.din import DINConfig
+from tests.synthetic import TABLE_SIZES, random_batch, schema
+
+CASES: dict[str, Config] = {
+    "din": DINConfig(embedding_dim=4, attention_hidden=(6,), hidden=(16, 8)),
+    "din prelu": DINConfig(
+        embedding_dim=4, attention_hidden=(6, 5), hidden=(16,), attention_activation="prelu", activation="prelu"
+    ),
+    "din softmax": DINConfig(embedding_dim=4, attention_hidden=(6,), hidden=(16, 8), attention_softmax=True),
+}
+ORDER_FREE = {"din", "din prelu", "din softmax"}
+"""Models for which a history is a bag."""
+
+STATE_DICT_KEYS: dict[str, list[str]] = {
+    "din": [
+        "attention.{history}.unit.first.weight",
+        "attention.{history}.unit.first.bias",
+        "attention.{history}.unit.output.weight",
+        "attention.{history}.unit.output.bias",
+        "attention.{history}.unit.activations.0.alpha",
+        "attention.{history}.unit.activations.0.running_mean",
+        "attention.{history}.unit.activations.0.running_var",
+        "mlp.first.weight",
+        "mlp.first.bias",
+        "mlp.after_first.activation.alpha",
+        "mlp.after_first.activation.running_mean",
+        "mlp.after_first.activation.running_var",
+        "mlp.rest.linears.0.weight",
+        "mlp.rest.linears.0.bias",
+        "mlp.rest.after.0.activation.alpha",
+        "mlp.rest.after.0.activation.running_mean",
+        "mlp.rest.after.0.activation.running_var",
+        "output.weight",
+        "output.bias",
+    ],
+}
+TABLE_KEYS = {f"embedding_bags.{table}.weight" for table in TABLE_SIZES}
+
+
+def build(name: str, *, seed: int = 0) -> RankingModel:
+    """A model whose moving averages have seen some batches and whose tables start at a size where they matter."""
+    torch.manual_seed(seed)
+    model = build_model(CASES[name], schema(), TABLE_SIZES)
+    with torch.no_grad():
+        for table in model.lookup.parameters():
+            table.normal_(std=0.5)
+        for moving in range(3):
+            model.train()(random_batch(8, seed=100 + moving))
+    return model
+
+
+@pytest.fixture(params=list(CASES))
+def name(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def model(name: str) -> RankingModel:
+    return build(name).eval()
+
+
+def assert_same(got: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_every_model_is_covered() -> None:
+    assert {type(config) for config in CASES.values()} == set(MODELS)
+
+
+def test_logits_are_rows_by_tasks_in_single_precision(model: RankingModel) -> None:
+    batch = random_batch(5, seed=1)
+    logits = model(batch)
+    assert logits.shape == (batch.num_rows, 2)
+    assert logits.dtype == torch.float32
+    assert torch.isfinite(logits).all()
+
+
+def test_every_parameter_gets_a_gradient_from_the_loss(name: str) -> None:
+    model, batch = build(name).train(), random_batch(16, seed=2)
+    assert batch.labels is not None
+    mean_binary_cross_entropy(model(batch), batch.labels).backward()
+    for parameter_name, parameter in model.named_parameters():
+        assert parameter.grad is not None, parameter_name
+        assert torch.isfinite(parameter.grad).all(), parameter_name
+    for parameter_name, parameter in model.network.named_parameters():
+        # A softmax does not see what is added to every score of a history.
+        if not (name == "din softmax" and parameter_name.endswith("unit.output.bias")):
+            assert (parameter.grad != 0).any(), parameter_name
+    for table_name, table in model.lookup.named_parameters():
+        assert table.grad is not None
+        assert (table.grad != 0).any(), table_name
+
+
+def test_each_task_has_its_own_logit(name: str) -> None:
+    model, batch = build(name).train(), random_batch(6, seed=3)
+    logits = model(batch)
+    for task in range(2):
+        (gradient,) = torch.autograd.grad(logits[:, task].sum(), logits, retain_graph=True)
+        assert (gradient[:, 1 - task] == 0).all()
+    assert not torch.allclose(logits[:, 0], logits[:, 1])
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_one_row_is_a_batch(name: str, training: bool) -> None:
+    batch = one_request(seed=4)
+    batch = rows_of(batch, torch.tensor([0]))
+    logits = build(name).train(training)(batch)
+    assert logits.shape == (1, 2)
+    logits.sum().backward()
+    assert torch.isfinite(logits).all()
+
+
+def test_a_rows_score_does_not_depend_on_its_batch_mates(model: RankingModel) -> None:
+    batch = random_batch(6, seed=5)
+    logits = model(batch)
+    for row in range(batch.num_rows):
+        assert_same(model(rows_of(batch, torch.tensor([row]))), logits[row : row + 1])
+
+
+def test_no_features_value_leaks_to_another_row(model: RankingModel) -> None:
+    embedded = model.lookup(random_batch(4, seed=6))
+    rows = len(embedded.request_of_row)
+    candidate = {name: t.detach().clone().requires_grad_() for name, t in embedded.candidate.items()}
+    logits = model.network(embedded._replace(candidate=candidate))
+    gradients = torch.autograd.grad(logits[0].sum(), list(candidate.values()))
+    for gradient in gradients:
+        assert (gradient[0] != 0).any()
+        assert (gradient[1:] == 0).all()
+    assert rows > 1
+
+
+def test_request_major_equals_exploded(model: RankingModel) -> None:
+    batch = random_batch(7, seed=7)
+    assert batch.num_rows > batch.num_requests
+    assert_same(model(batch.exploded()), model(batch))
+
+
+def test_training_statistics_of_request_major_and_exploded_are_equal(name: str) -> None:
+    one, other, batch = build(name).train(), build(name).train(), random_batch(7, seed=8)
+    assert_same(one(batch), other(batch.exploded()))
+    for key, value in one.state_dict().items():
+        assert_same(other.state_dict()[key], value)
+
+
+def test_requests_may_come_in_any_order(model: RankingModel) -> None:
+    batch = random_batch(6, seed=9)
+    order = torch.tensor([4, 0, 5, 2, 1, 3])
+    rows = torch.cat([torch.nonzero(batch.request_of_row == r).flatten() for r in order])
+    assert_same(model(batch.select_requests(order)), model(batch)[rows])
+
+
+def test_candidates_may_come_in_any_order(model: RankingModel) -> None:
+    batch = one_request(seed=10)
+    order = torch.randperm(batch.num_rows, generator=torch.Generator().manual_seed(0))
+    assert_same(model(rows_of(batch, order)), model(batch)[order])
+
+
+def test_a_bag_of_events_may_come_in_any_order(name: str, model: RankingModel) -> None:
+    if name not in ORDER_FREE:
+        pytest.skip("the model reads the order of events")
+    batch = random_batch(6, seed=11)
+    assert_same(
+        model(replace(batch, histories={n: reversed_events(h) for n, h in batch.histories.items()})), model(batch)
+    )
+
+
+def test_histories_matter(model: RankingModel) -> None:
+    batch = first_with_history(random_batch(9, seed=12))
+    logits = model(batch)
+    for history in batch.histories:
+        shorter = replace(batch, histories={**batch.histories, history: without_first_event(batch.histories[history])})
+        changed = (model(shorter) - logits).abs().amax(1) > 1e-7
+        assert changed[batch.request_of_row == 0].all()
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_padding_has_no_effect(name: str, training: bool) -> None:
+    one, other = build(name).train(training), build(name).train(training)
+    embedded = one.lookup(random_batch(5, seed=13))
+    padded = embedded._replace(
+        histories={
+            n: EmbeddedHistory(
+                {f: nn.functional.pad(t, (0, 0, 0, 4)) for f, t in h.features.items()},
+                h.lengths,
+                nn.functional.pad(h.times, (0, 4)),
+            )
+            for n, h in embedded.histories.items()
+        }
+    )
+    assert_same(other.network(padded), one.network(embedded))
+    for key, value in one.state_dict().items():
+        assert_same(other.state_dict()[key], value)
+
+
+def test_what_stands_in_padding_has_no_effect(model: RankingModel) -> None:
+    embedded = model.lookup(random_batch(5, seed=14))
+    filled = {}
+    for history, h in embedded.histories.items():
+        valid = torch.arange(h.times.shape[1]) < h.lengths.unsqueeze(1)
+        assert not valid.all()
+        features = {f: torch.where(valid.unsqueeze(2), t, 123.0) for f, t in h.features.items()}
+        filled[history] = EmbeddedHistory(features, h.lengths, torch.where(valid, h.times, 10**15))
+    assert_same(model.network(embedded._replace(histories=filled)), model.network(embedded))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_empty_histories_are_scored_and_learnt_from(name: str, training: bool) -> None:
+    model, batch = build(name).train(training), random_batch(4, seed=15, empty_history=True)
+    before = copy.deepcopy(model.state_dict())
+    assert batch.labels is not None
+    logits = model(batch)
+    mean_binary_cross_entropy(logits, batch.labels).backward()
+    assert torch.isfinite(logits).all()
+    for parameter_name, parameter in model.network.named_parameters():
+        assert parameter.grad is None or torch.isfinite(parameter.grad).all(), parameter_name
+    assert all(torch.isfinite(t).all() for t in model.state_dict().values())
+    if not training:
+        assert all(torch.equal(t, before[key]) for key, t in model.state_dict().items())
+
+
+def test_extreme_vectors_stay_finite(model: RankingModel) -> None:
+    embedded = model.lookup(random_batch(5, seed=16))
+    far = tree_map(lambda t: t * 1e4 if t.is_floating_point() else t, embedded)
+    assert torch.isfinite(model.network(far)).all()
+
+
+def test_a_seed_decides_everything(name: str) -> None:
+    runs = []
+    for _ in range(2):
+        model = build(name, seed=3).train()
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+        for step in range(3):
+            batch = random_batch(8, seed=step)
+            assert batch.labels is not None
+            optimizer.zero_grad()
+            mean_binary_cross_entropy(model(batch), batch.labels).backward()
+            optimizer.step()
+        runs.append(model.state_dict())
+    for key, value in runs[0].items():
+        assert torch.equal(runs[1][key], value), key
+
+
+def test_32_rows_are_learnt_by_heart(name: str) -> None:
+    torch.manual_seed(0)
+    model = build_model(CASES[name], schema(), TABLE_SIZES).train()
+    batch = rows_of(random_batch(20, seed=17), torch.arange(32))
+    assert batch.labels is not None
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
+    for _ in range(150):
+        optimizer.zero_grad()
+        loss = mean_binary_cross_entropy(model(batch), batch.labels)
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < 0.05
+    assert ((model.eval()(batch) > 0) == (batch.labels > 0.5)).float().mean().item() > 0.9
+
+
+def test_state_dict_keys_are_pinned(name: str, model: RankingModel) -> None:
+    """A changed key breaks every checkpoint: change this list only together with a migration."""
+    tables = [key for key in model.state_dict() if key.startswith("lookup.")]
+    assert {key.split(".", 3)[-1] for key in tables} == TABLE_KEYS
+    if name in STATE_DICT_KEYS:
+        expected = []
+        for key in STATE_DICT_KEYS[name]:
+            expected += [key.format(history=h) for h in range(2)] if "{history}" in key else [key]
+        assert sorted(model.network.state_dict()) == sorted(expected)
+
+
+def test_eager_equals_exported_at_any_sizes(model: RankingModel) -> None:
+    with torch.no_grad():
+        example = model.lookup(random_batch(6, seed=18))
+        program = export(model.network, (example,), dynamic_shapes=(dynamic_shapes(example, Dim("requests")),)).module()
+        for requests, max_rows, seed in ((6, 5, 19), (9, 2, 20), (2, 1, 21), (1, 6, 22), (1, 1, 23)):
+            embedded = model.lookup(random_batch(requests, max_rows, seed=seed))
+            assert_same(program(embedded), model.network(embedded))
+
+
+class _SingleRequest(nn.Module):
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, embedded: Embedded) -> Tensor:
+        return self.network.single_request(embedded)  # type: ignore[operator, no-any-return]
+
+
+def test_the_program_of_one_request_equals_that_of_many(model: RankingModel) -> None:
+    with torch.no_grad():
+        example = model.lookup(one_request(seed=24))
+        single = export(
+            _SingleRequest(model.network), (example,), dynamic_shapes=(dynamic_shapes(example, None),)
+        ).module()
+        for max_rows, seed in ((6, 25), (12, 26), (1, 27)):
+            embedded = model.lookup(random_batch(1, max_rows, seed=seed))
+            assert_same(single(embedded), model.network(embedded))
+        for history, empty in example.histories.items():
+            none = empty._replace(lengths=torch.zeros(1, dtype=torch.int64))
+            emptied = example._replace(histories={**example.histories, history: none})
+            assert_same(single(emptied), model.network(emptied))
+
+
+def dynamic_shapes(embedded: Embedded, requests: Dim | None) -> Any:
+    """Every size free but the widths; one request if ``requests`` is None."""
+    rows = Dim("rows")
+    of_request: dict[int, Any] = {} if requests is None else {0: requests}
+    return Embedded(
+        dict.fromkeys(embedded.request, of_request),
+        {feature: {0: rows} for feature in embedded.candidate},
+        {
+            name: EmbeddedHistory(
+                {feature: {**of_request, 1: Dim(f"length_{name}")} for feature in history.features},
+                of_request,  # type: ignore[arg-type]
+                {**of_request, 1: Dim(f"length_{name}")},  # type: ignore[arg-type]
+            )
+            for name, history in embedded.histories.items()
+        },
+        {0: rows},  # type: ignore[arg-type]
+    )
+
+
+def rows_of(batch: Batch, rows: Tensor) -> Batch:
+    """Some rows of a batch, with the requests that they are of."""
+    requests, request_of_row = torch.unique(batch.request_of_row[rows], return_inverse=True)
+    whole = batch.select_requests(requests)
+    take: Callable[[Mapping[str, Column]], dict[str, Column]] = lambda columns: {  # noqa: E731
+        name: _bags(column, rows) if isinstance(column, Bags) else column[rows] for name, column in columns.items()
+    }
+    return replace(
+        whole,
+        request_of_row=request_of_row,
+        item=take(batch.item),
+        candidate=take(batch.candidate),
+        labels=None if batch.labels is None else batch.labels[rows],
+        source_row=None,
+    )
+
+
+def _bags(bags: Bags, rows: Tensor) -> Bags:
+    pieces = [bags.values[bags.offsets[row] : bags.offsets[row + 1]] for row in rows.tolist()]
+    return Bags(torch.cat(pieces), torch.tensor([0, *torch.tensor([len(p) for p in pieces]).cumsum(0).tolist()]))
+
+
+def _events_of(column: Column, events: Tensor) -> Column:
+    return _bags(column, events) if isinstance(column, Bags) else column[events]
+
+
+def reversed_events(history: HistoryBatch) -> HistoryBatch:
+    """Every request's events from the newest to the oldest."""
+    bounds = history.offsets.tolist()
+    events = [torch.arange(a, b).flip(0) for a, b in itertools.pairwise(bounds)]
+    order = torch.cat(events)
+    return HistoryBatch(
+        history.offsets, history.times[order], {n: _events_of(c, order) for n, c in history.features.items()}
+    )
+
+
+def without_first_event(history: HistoryBatch) -> HistoryBatch:
+    """The first request's history without its oldest event."""
+    events = torch.arange(1, len(history.times))
+    offsets = history.offsets.clone()
+    offsets[1:] -= 1
+    return HistoryBatch(offsets, history.times[events], {n: _events_of(c, events) for n, c in history.features.items()})
+
+
+def first_with_history(batch: Batch) -> Batch:
+    """The same requests, first one with two events or more in every history."""
+    lengths = torch.stack([h.lengths for h in batch.histories.values()])
+    full = torch.nonzero((lengths > 1).all(0)).flatten()
+    others = torch.tensor([r for r in range(batch.num_requests) if r != full[0]], dtype=torch.int64)
+    return batch.select_requests(torch.cat([full[:1], others]))
+
+
+def one_request(*, seed: int) -> Batch:
+    """One request of several candidates, with two events or more in every history."""
+    batch = random_batch(20, max_rows=8, seed=seed)
+    enough = torch.bincount(batch.request_of_row) > 2
+    for history in batch.histories.values():
+        enough &= history.lengths > 1
+    return batch.select_requests(torch.nonzero(enough).flatten()[:1])
