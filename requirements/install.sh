@@ -118,6 +118,10 @@ else
     rm -f "$venv"/.installed-*
     say "virtual environment $venv with $("$python" --version)"
     "$python" -m venv --clear "$venv" || fail "$python could not make $venv"
+    # Downloads of a run that is cut short lie here, and go with the environment.
+    mkdir "$venv/tmp"
+    TMPDIR=$(cd "$venv/tmp" && pwd)
+    export TMPDIR
     say "torch, $build build"
     run_pip --only-binary :all: -r "$here/torch-$build.txt"
     compile_packages & # torch is a third of it, and the other core is idle while pip reads
@@ -133,6 +137,7 @@ else
         fail "they do not; the last lines were:" "$(tail -n 5 "$log")"
 fi
 
+rm -rf "$venv/tmp"
 printf '%s\n' "$wanted" >"$stamp.tmp"
 mv "$stamp.tmp" "$stamp"
 printf '%s is ready (%d s). Next: make demo\n' "$venv" "$SECONDS"
