@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fcntl
+import glob
 import json
 import os
 import shutil
@@ -13,6 +15,8 @@ from typing import Any
 
 from recsys.errors import SourceError
 
+_SUFFIX_LENGTH = 12
+
 
 @contextmanager
 def views_folder(output_dir: Path, *, marker: str) -> Iterator[Path]:
@@ -20,7 +24,8 @@ def views_folder(output_dir: Path, *, marker: str) -> Iterator[Path]:
 
     An existing ``output_dir`` is replaced only if it is empty or holds ``marker``, the file that every writer of this
     package leaves there: no folder that holds a user's own files is ever removed. After an error, or when the process
-    is killed, ``output_dir`` is as before.
+    is killed, ``output_dir`` is as before (or absent, if killed between the two renames of a replacement); what a killed
+    process left beside it is removed by the next one.
 
     Args:
         output_dir: the folder to write; parents are created.
@@ -29,11 +34,10 @@ def views_folder(output_dir: Path, *, marker: str) -> Iterator[Path]:
     Raises:
         SourceError: ``output_dir`` is a file, or a folder that this package did not write.
     """
-    output_dir = Path(output_dir)
+    output_dir = Path(output_dir).resolve()
     _check_replaceable(output_dir, marker)
     output_dir.parent.mkdir(parents=True, exist_ok=True)
-    temporary = output_dir.parent / f".tmp-{output_dir.name}-{uuid.uuid4().hex[:12]}"
-    temporary.mkdir()
+    temporary, lock = _make_temporary(output_dir)
     try:
         yield temporary
         assert (temporary / marker).is_file(), f"the block must write {marker}"
@@ -44,11 +48,46 @@ def views_folder(output_dir: Path, *, marker: str) -> Iterator[Path]:
         _replace(temporary, output_dir)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        os.close(lock)
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Writes readable JSON with a final newline; equal content gives equal bytes."""
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _make_temporary(output_dir: Path) -> tuple[Path, int]:
+    """Makes the temporary folder and locks it; removes those that no living process holds the lock of."""
+    parent = os.open(output_dir.parent, os.O_RDONLY)
+    try:
+        fcntl.flock(parent, fcntl.LOCK_EX)  # between mkdir and lock, nobody else may look
+        for stale in output_dir.parent.glob(f".tmp-{glob.escape(output_dir.name)}-{'[0-9a-f]' * _SUFFIX_LENGTH}"):
+            _remove_if_unlocked(stale)
+        temporary = _beside(output_dir)
+        temporary.mkdir()
+        lock = os.open(temporary, os.O_RDONLY)
+        fcntl.flock(lock, fcntl.LOCK_EX)
+    finally:
+        os.close(parent)
+    return temporary, lock
+
+
+def _remove_if_unlocked(folder: Path) -> None:
+    try:
+        lock = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        shutil.rmtree(folder, ignore_errors=True)
+    except BlockingIOError:
+        pass
+    finally:
+        os.close(lock)
+
+
+def _beside(output_dir: Path) -> Path:
+    return output_dir.parent / f".tmp-{output_dir.name}-{uuid.uuid4().hex[:_SUFFIX_LENGTH]}"
 
 
 def _check_replaceable(output_dir: Path, marker: str) -> None:
@@ -66,7 +105,7 @@ def _replace(temporary: Path, output_dir: Path) -> None:
     if not output_dir.exists():
         temporary.rename(output_dir)
     else:
-        old = output_dir.parent / f".tmp-{output_dir.name}-{uuid.uuid4().hex[:12]}"
+        old = _beside(output_dir)
         output_dir.rename(old)
         try:
             temporary.rename(output_dir)

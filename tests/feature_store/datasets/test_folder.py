@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,6 +11,7 @@ from feature_store.datasets.folder import views_folder, write_json
 from recsys.errors import SourceError
 
 MARKER = "made.json"
+ROOT = Path(__file__).parents[3]
 
 
 def write(output: Path, content: str) -> None:
@@ -56,3 +60,34 @@ def test_an_empty_folder_may_be_filled_and_a_file_may_not_be_replaced(tmp_path: 
     (tmp_path / "file").write_text("text")
     with pytest.raises(SourceError, match="must be a folder, got a file"):
         write(tmp_path / "file", "views")
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from feature_store.datasets.folder import views_folder
+with views_folder(Path(sys.argv[1]), marker="made.json") as folder:
+    (folder / "view.txt").write_text("half")
+    print("writing", flush=True)
+    signal.pause() if len(sys.argv) > 2 else os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_what_a_killed_process_left_is_removed_by_the_next_and_what_a_living_one_writes_is_not(tmp_path: Path) -> None:
+    output = tmp_path / "views"
+    write(output, "first")
+    killed = subprocess.run([sys.executable, "-c", KILLED, str(output)], cwd=ROOT, capture_output=True, check=False)
+    assert killed.returncode == -signal.SIGKILL
+    assert len(leftovers(tmp_path)) == 1
+    assert (output / "view.txt").read_text() == "first"
+    with subprocess.Popen(
+        [sys.executable, "-c", KILLED, str(output), "wait"], cwd=ROOT, stdout=subprocess.PIPE
+    ) as living:
+        assert living.stdout is not None
+        living.stdout.readline()
+        write(output, "second")
+        assert len(leftovers(tmp_path)) == 1  # the living one's
+        living.kill()
+    write(output, "third")
+    assert leftovers(tmp_path) == []
+    assert (output / "view.txt").read_text() == "third"
