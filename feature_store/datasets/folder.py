@@ -24,8 +24,8 @@ def views_folder(output_dir: Path, *, marker: str) -> Iterator[Path]:
 
     An existing ``output_dir`` is replaced only if it is empty or holds ``marker``, the file that every writer of this
     package leaves there: no folder that holds a user's own files is ever removed. After an error, or when the process
-    is killed, ``output_dir`` is as before (or absent, if killed between the two renames of a replacement); what a killed
-    process left beside it is removed by the next one.
+    is killed, ``output_dir`` is as before (or absent, if killed between the two renames of a replacement); what a
+    killed process left beside it is removed by the next one.
 
     Args:
         output_dir: the folder to write; parents are created.
