@@ -81,7 +81,7 @@ def true_probabilities(truth: str | Path, training_set: TrainingSet, split: str)
     rows = training_set.split(split).impressions.array(SOURCE_ROW)
     if len(rows) and int(rows.max()) >= len(probabilities):
         raise SourceError(
-            f"{truth} must have a row for each impression, got {len(probabilities):,}, and none for row {int(rows.max()):,}",
+            f"{truth} must have a row for each impression, got {len(probabilities):,} of {int(rows.max()) + 1:,}",
             hint="it must be of the simulation that the training set was built from",
         )
     return np.asarray(probabilities[rows], dtype=np.float64)

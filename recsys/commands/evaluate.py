@@ -23,10 +23,12 @@ def evaluate(
         recsys evaluate runs/din_kuairand --split validation --json
     """  # noqa: D301
     from recsys.commands.terminal import counting, print_json, print_metrics, stage
+    from training.console import quiet_libraries
     from training.evaluate import evaluate as metrics_of
     from training.evaluate import plain, predict
     from training.run import TrainedRun
 
+    quiet_libraries()
     trained = TrainedRun.load(run)
     training_set = trained.training_set()
     with stage(f"score {split}") as tell:

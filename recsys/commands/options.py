@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -11,3 +12,15 @@ Overrides = Annotated[
     typer.Option("--set", metavar="A.B=C", help="Override one value of the configuration; repeat for more."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout; everything else goes to stderr.")]
+ArtifactArgument = Annotated[
+    str, typer.Argument(metavar="ARTIFACT", help="Artifact folder, or models:/NAME@ALIAS of the registry.")
+]
+Features = Annotated[
+    Path | None,
+    typer.Option(
+        "--features", help="Training set to read users, items and histories from; the artifact's own otherwise."
+    ),
+]
+TrackingUri = Annotated[
+    str | None, typer.Option("--tracking-uri", envvar="MLFLOW_TRACKING_URI", help="MLflow store of models:/.")
+]

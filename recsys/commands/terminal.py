@@ -59,32 +59,31 @@ def _json_value(value: Any) -> Any:
 
 
 def print_facts(title: str, facts: Mapping[str, Any]) -> None:
-    """Prints names and values in two columns."""
-    from rich.table import Table
+    """Prints names and values in two columns. Lines are never folded: paths can be copied from them."""
     from rich.text import Text
 
-    table = Table(
-        title=Text(title), title_justify="left", title_style="bold", show_header=False, box=None, pad_edge=False
-    )
-    table.add_column(style="dim", no_wrap=True)
-    table.add_column(overflow="fold")
+    console = results()
+    if title:
+        console.print(Text(title, style="bold"), soft_wrap=True)
+    width = max(map(len, facts), default=0)
     for name, value in facts.items():
-        table.add_row(Text(name), Text(_shown(value)))
-    results().print(table)
+        console.print(Text.assemble((name.ljust(width), "dim"), "  ", _shown(value)), soft_wrap=True)
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     """Prints a table; its first column is text, the others are numbers."""
-    from rich import box
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=Text(title), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(box=None, padding=(0, 1), pad_edge=False, header_style="bold")
     for place, column in enumerate(columns):
         table.add_column(column, justify="right" if place else "left", no_wrap=True)
     for row in rows:
         table.add_row(*(Text(_shown(cell)) for cell in row))
-    results().print(table)
+    console = results()
+    console.print(Text(title, style="bold"), soft_wrap=True)
+    console.print(table)
+    console.print()
 
 
 METRIC_COLUMNS = ("auc", "gauc", "logloss", "ne", "ece", "num_rows")

@@ -1,0 +1,50 @@
+"""``recsys score``: probabilities for a Parquet file of impressions."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from recsys.commands.options import ArtifactArgument, Features, Json, TrackingUri
+
+
+def score(
+    artifact: ArtifactArgument,
+    input_path: Annotated[
+        Path, typer.Option("--input", "-i", help="Parquet file or folder in the form of the impressions view.")
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="What to write: the input with probabilities.")],
+    features: Features = None,
+    tracking_uri: TrackingUri = None,
+    as_json: Json = False,
+) -> None:
+    """Score a Parquet file of impressions.
+
+    \b
+    Example:
+        recsys score artifacts/din --input tomorrow.parquet --output scored.parquet
+        recsys score models:/ranker@champion --input tomorrow.parquet --output scored.parquet
+    """  # noqa: D301
+    from dataclasses import asdict
+
+    from recsys.commands.terminal import print_facts, print_json
+    from serving.batch import score_parquet
+    from serving.loader import locate
+
+    found = locate(artifact, tracking_uri=tracking_uri)
+    summary = score_parquet(found.folder, input_path, output, features=features, progress=True)
+    if as_json:
+        print_json(asdict(summary) | {"rows_per_s": summary.rows_per_s})
+        return
+    print_facts(
+        summary.output,
+        {
+            "rows": summary.rows,
+            "columns": ", ".join(summary.columns),
+            "rows with an unknown user": summary.rows_with_unknown_user,
+            "rows with an unknown item": summary.rows_with_unknown_item,
+            "speed": f"{summary.rows_per_s:,.0f} rows/s",
+        },
+    )
