@@ -245,7 +245,7 @@ class ArtifactWriter:
             fields: the manifest but for the format and the files.
         """
         files = {}
-        for path in sorted(p for p in self.folder.rglob("*") if p.is_file() and p.name != MANIFEST):
+        for path in sorted(p for p in self.folder.rglob("*") if p.is_file() and p != self.folder / MANIFEST):
             with path.open("rb") as file:
                 os.fsync(file.fileno())
             relative = path.relative_to(self.folder).as_posix()

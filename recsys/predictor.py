@@ -29,6 +29,7 @@ from recsys.errors import ArtifactError
 from recsys.schema import Categorical
 
 Engine = Literal["auto", "compiled", "portable"]
+_LOUD = ("torch", "torch.export", "torch._inductor", "torch._dynamo", "torch.__trace")
 Program = Callable[[list[Tensor]], Tensor]
 """Flat inputs -> logits ``(N, T)``."""
 
@@ -201,7 +202,7 @@ def _load_portable(artifact: Artifact, form: Form) -> Program:
 @contextmanager
 def quiet() -> Iterator[None]:
     """Holds back the warnings and log lines of torch's exporter and compiler; errors still raise."""
-    loggers = [logging.getLogger(name) for name in ("torch", "torch.export", "torch._inductor", "torch._dynamo")]
+    loggers = [logging.getLogger(name) for name in _LOUD]
     levels = [logger.level for logger in loggers]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

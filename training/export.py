@@ -127,6 +127,11 @@ def export_artifact(
         MissingDependencyError: ``compile=True`` and there is no C++ compiler.
     """
     began = clock.perf_counter()
+    if compile is True and _compiler() is None:
+        raise MissingDependencyError(
+            "compile=True needs a C++ compiler, found none",
+            hint="install g++, or set CXX, or export with compile=auto",
+        )
     schema = training_set.schema
     was_training = model.training
     model.eval()
@@ -330,13 +335,7 @@ def _compiled(
     """Compiles a program ahead of time; returns its entry in the manifest, why there is none, and the seconds taken."""
     if compile is False:
         return None, "compilation was switched off", 0.0
-    compiler = shutil.which(os.environ.get("CXX", "g++"))
-    if compiler is None:
-        if compile is True:
-            raise MissingDependencyError(
-                "compile=True needs a C++ compiler, found none",
-                hint="install g++, or set CXX, or export with compile=auto",
-            )
+    if _compiler() is None:
         return None, "no C++ compiler was found", 0.0
     began = clock.perf_counter()
     options, features = _target(torch.cpu.get_capabilities())
@@ -361,6 +360,10 @@ def _compiled(
         "compile_s": seconds,
     }
     return entry, None, seconds
+
+
+def _compiler() -> str | None:
+    return shutil.which(os.environ.get("CXX", "g++"))
 
 
 def _target(capabilities: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
