@@ -120,7 +120,12 @@ def as_array(column: Column) -> Array:
         return column.chunk(0)
     if column.type.id == _STRING:
         column = column.cast(pa.large_string())
-    chunks = column.unify_dictionaries().chunks
+    chunks: list[Array]
+    if column.type.id == _DICTIONARY and column.type.value_type.id not in _TEXTS:
+        decoded: Any = column.chunks  # Arrow unifies dictionaries of plain values only
+        chunks = [chunk.dictionary_decode() for chunk in decoded]
+    else:
+        chunks = column.unify_dictionaries().chunks
     return pa.concat_arrays(chunks) if chunks else pa.array([], column.type)
 
 
@@ -298,7 +303,7 @@ def as_vectors(column: Column, dim: int, *, where: str) -> Float64s:
     lengths = np.diff(offsets)
     valid = valid_mask(array)
     given = lengths if valid is None else lengths[valid]
-    if np.any(given != dim):
+    if (given != dim).any():
         wrong = int(given[given != dim][0])
         raise EncodingError(
             f"{where} must hold lists of {dim} numbers, got one of {wrong}",
@@ -407,9 +412,9 @@ def as_bags(column: Column, *, separator: str | None, max_values: int | None, wh
         elements, offsets = _split(texts, separator)
     else:
         _refuse(where, "lists or text", array.type, "declare the feature categorical if it has one value")
-    if max_values is not None:
+    if max_values is not None and len(elements) > max_values:
         lengths = np.diff(offsets)
-        if lengths.max(initial=0) > max_values:
+        if lengths.max() > max_values:
             place = np.arange(len(elements), dtype=np.int64) - np.repeat(offsets[:-1], lengths)
             elements = elements.filter(pa.array(place < max_values))
             offsets = offsets_of(np.minimum(lengths, max_values))

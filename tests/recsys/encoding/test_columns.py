@@ -275,6 +275,21 @@ def test_bags_of_text(texts: list[str | None], separator: str, max_values: int |
         assert bags_of(form, separator=separator, max_values=max_values) == want
 
 
+def test_chunks_with_dictionaries_of_their_own() -> None:
+    lists = pa.DictionaryArray.from_arrays(pa.array([1, None, 0]), pa.array([["a"], ["b", "c"]]))
+    coded = pa.array([["b"], ["a", "b"]], pa.list_(pa.dictionary(pa.int32(), pa.string())))
+    other = pa.array([["z"]], coded.type)
+    assert bags_of(pa.chunked_array([lists, lists.slice(2)])) == [["b", "c"], [], ["a"], ["a"]]
+    assert bags_of(pa.chunked_array([coded, other])) == [["b"], ["a", "b"], ["z"]]
+    assert integers_of(pa.chunked_array([pa.array([5, 7]).dictionary_encode(), pa.array([7]).dictionary_encode()])) == [
+        5,
+        7,
+        7,
+    ]
+    empty = pa.chunked_array([], pa.dictionary(pa.int32(), pa.int64()))
+    assert integers_of(empty) == []
+
+
 def test_bags_refuse() -> None:
     with pytest.raises(
         EncodingError, match=r"feature 'x' must hold lists, got a column of type string[\s\S]*separator"
