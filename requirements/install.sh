@@ -54,10 +54,10 @@ run_pip() {
         "The whole log is $log. Once the cause is gone, run it again: it starts afresh."
 }
 
+# compile_packages PROCESSES: done here, because a user may have told Python to write no bytecode itself. Some packages carry
+# templates that are no Python: they are not compiled, and that is no error.
 compile_packages() {
-    # Asked for by name, because a user may have told Python to write no bytecode. Some packages carry templates that are no
-    # Python: they are not compiled, and that is no error.
-    "$venv/bin/python" -m compileall -q -j 0 -x '/(tests?|rllib)/' "$venv/lib" >/dev/null 2>&1 || true
+    nice "$venv/bin/python" -m compileall -q -j "$1" -x '/(tests?|rllib)/' "$venv/lib" >/dev/null 2>&1 || true
 }
 
 install_checkout() {
@@ -124,14 +124,14 @@ else
     export TMPDIR
     say "torch, $build build"
     run_pip --only-binary :all: -r "$here/torch-$build.txt"
-    compile_packages & # torch is a third of it, and the other core is idle while pip reads
+    compile_packages 1 & # torch is a third of it, and the other core is idle while pip reads
     say "everything else"
     run_pip --only-binary :all: --no-deps -r "$here/base-$build.txt" -r "$here/dev.txt"
     say "this checkout"
     install_checkout
     say "compiling, so that the first run is as fast as the second"
     wait
-    compile_packages
+    compile_packages 0
     say "checking that torch, FBGEMM and torchrec load together"
     "$venv/bin/python" -W ignore -c 'import torch, fbgemm_gpu, torchrec' >>"$log" 2>&1 ||
         fail "they do not; the last lines were:" "$(tail -n 5 "$log")"
