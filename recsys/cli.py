@@ -29,6 +29,13 @@ AFTER_INTERRUPT = {
     "demo": "Run the same command again: stages that are done are kept, and training goes on from its last checkpoint.",
 }
 
+CALM = {
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "RAY_USAGE_STATS_ENABLED": "0",
+}
+"""Set for every command unless set already: libraries draw no bars of their own and call nobody."""
+
 
 class Commands(TyperGroup):
     """The group of all commands: where every error of a command ends."""
@@ -43,6 +50,8 @@ class Commands(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         """Runs the command; turns its errors into messages and exit statuses."""
         debug = bool(ctx.params.get("debug"))
+        for name, value in CALM.items():
+            os.environ.setdefault(name, value)
         try:
             return super().invoke(ctx)
         except RecsysError as err:

@@ -298,6 +298,7 @@ def register(
     run_id: str | None = None,
     requirements: Sequence[str] = (),
     signature: Any = None,
+    input_example: Any = None,
     code_paths: Sequence[str] = (),
 ) -> RegisteredVersion:
     """Registers an exported artifact as the next version of a model, and points an alias to it.
@@ -312,6 +313,7 @@ def register(
         run_id: the MLflow run that the model came from; one is made if not given.
         requirements: what the model needs to be loaded elsewhere, as pip names it.
         signature: an ``mlflow.models.ModelSignature``.
+        input_example: a data frame that the model scores; kept with the model.
         code_paths: files and folders that are copied with the model.
 
     Raises:
@@ -334,6 +336,7 @@ def register(
                 artifacts={"artifact": str(Path(artifact).absolute())},
                 pip_requirements=list(requirements),
                 signature=signature,
+                input_example=input_example,
                 code_paths=list(code_paths) or None,
             )
             client.log_artifacts(run_id, str(path), "model")

@@ -25,6 +25,10 @@ def export(
         Literal["none", "items", "all"],
         typer.Option(help="What the artifact knows by key: nothing, items, or items, users and histories."),
     ] = "all",
+    compiled: Annotated[
+        Literal["auto", "always", "never"],
+        typer.Option("--compile", help="Compile the program of single requests; auto: where there is a C++ compiler."),
+    ] = "auto",
     as_json: Json = False,
 ) -> None:
     """Export a trained run as an artifact, and register it as a model version if asked to.
@@ -47,6 +51,7 @@ def export(
             trained.training_set(),
             output,
             name=trained.experiment.name,
+            compile="auto" if compiled == "auto" else compiled == "always",
             snapshot=snapshot,
             model_config=trained.experiment.model,
             facts={"run_fingerprint": trained.fingerprint, "validation": trained.summary["validation"]},
@@ -74,17 +79,18 @@ def export(
 
 def _register(run: Path, artifact: Path, *, name: str, alias: str, tracking_uri: str | None) -> RegisteredVersion:
     from recsys.artifact import Artifact
-    from serving.pyfunc import RankingPyfunc, requirements, signature
+    from serving.pyfunc import ENTRY, input_example, requirements, signature
     from training.tracking import default_uri, register, tracked_run
 
-    tracked = tracked_run(run)
+    opened, tracked = Artifact.open(artifact), tracked_run(run)
     return register(
         artifact,
         name=name,
         alias=alias,
-        python_model=RankingPyfunc(),
+        python_model=ENTRY,
         uri=tracking_uri or default_uri(run) if tracked is None else tracked[0],
         run_id=None if tracked is None else tracked[1],
         requirements=requirements(),
-        signature=signature(Artifact.open(artifact)),
+        signature=signature(opened),
+        input_example=input_example(opened),
     )

@@ -1,0 +1,264 @@
+"""The commands on one small data set, in the order in which a user types them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from recsys.cli import app
+from recsys.commands.demo_service import Service
+from recsys.errors import UnavailableError
+from tests.synthetic import SCHEMA, SPLIT, write_views
+
+Run = Callable[..., Any]
+
+
+def invoke(*arguments: object) -> Any:
+    runner = CliRunner(env={"RECSYS_DEBUG": None, "COLUMNS": "200", "TERM": "dumb"})
+    return runner.invoke(app, [str(a) for a in arguments])
+
+
+def answer(*arguments: object) -> Any:
+    """What a command prints with ``--json``."""
+    done = invoke(*arguments, "--json")
+    assert done.exit_code == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A user's folder: views, schema, experiment."""
+    folder = tmp_path_factory.mktemp("commands")
+    write_views(folder / "views", num_requests=200)
+    (folder / "schema.yaml").write_text(yaml.safe_dump(SCHEMA), encoding="utf-8")
+    experiment = {
+        "name": "tiny",
+        "schema_file": "schema.yaml",
+        "data": {"views": str(folder / "views"), "training_set": str(folder / "training_set"), "split": SPLIT},
+        "model": {"kind": "din", "embedding_dim": 4, "attention_hidden": [8], "hidden": [8]},
+        "training": {"epochs": 2, "batch_size": 64},
+    }
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(experiment), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def built(place: Path) -> dict[str, Any]:
+    return dict(answer("build", place / "tiny.yaml"))
+
+
+@pytest.fixture(scope="module")
+def trained(place: Path, built: dict[str, Any]) -> dict[str, Any]:
+    return dict(answer("train", place / "tiny.yaml", "--run", place / "runs" / "tiny"))
+
+
+@pytest.fixture(scope="module")
+def exported(place: Path, trained: dict[str, Any]) -> dict[str, Any]:
+    arguments = ("export", place / "runs" / "tiny", "-o", place / "artifact", "--compile", "never")
+    return dict(answer(*arguments, "--register", "tiny-ranker"))
+
+
+def test_build_counts_its_rows(place: Path, built: dict[str, Any]) -> None:
+    impressions = pq.read_metadata(place / "views" / "impressions.parquet").num_rows
+    broken = sum(sum(reasons.values()) for reasons in built["quarantined"].values())
+    assert sum(built["rows"].values()) + built["outside_split"] + broken == impressions
+    assert not built["skipped"]
+    assert (place / "training_set" / "manifest.json").is_file()
+
+
+def test_an_equal_build_is_kept_and_force_builds_again(place: Path, built: dict[str, Any]) -> None:
+    manifest = place / "training_set" / "manifest.json"
+    first = manifest.stat().st_ino
+    assert answer("build", place / "tiny.yaml")["skipped"]
+    assert manifest.stat().st_ino == first
+    assert not answer("build", place / "tiny.yaml", "--force")["skipped"]
+    assert manifest.stat().st_ino != first
+
+
+def test_build_shows_what_it_did(place: Path, built: dict[str, Any]) -> None:
+    shown = invoke("build", place / "tiny.yaml").stdout
+    assert "(up to date)" in shown
+    assert f"{built['rows']['train']:,}" in shown
+
+
+@pytest.mark.parametrize("command", ["build", "train"])
+def test_a_wrong_setting_is_named(place: Path, command: str) -> None:
+    done = invoke(command, place / "tiny.yaml", "--set", "model.embedding_dimm=8", "--set", "data.views=7")
+    assert done.exit_code == 2
+    assert "embedding_dimm: is not a known key" in done.stderr
+    assert "did you mean 'embedding_dim'?" in done.stderr
+    assert "data.views" in done.stderr
+
+
+def test_train_leaves_a_report_and_an_mlflow_run(place: Path, trained: dict[str, Any]) -> None:
+    assert trained["epochs"] == 2
+    assert Path(trained["report"]).read_text(encoding="utf-8").startswith("<!doctype html>")
+    assert trained["mlflow"]["tracking_uri"].startswith("sqlite:///")
+    assert len(trained["mlflow"]["run_id"]) == 32
+
+
+def test_a_finished_run_is_not_trained_again(place: Path, trained: dict[str, Any]) -> None:
+    done = invoke("train", place / "tiny.yaml", "--run", place / "runs" / "tiny", "--json")
+    assert "nothing to train" in done.stderr
+    assert json.loads(done.stdout)["best_checkpoint"] == trained["best_checkpoint"]
+
+
+def test_a_run_folder_of_other_settings_is_refused(place: Path, trained: dict[str, Any]) -> None:
+    run = place / "runs" / "tiny"
+    done = invoke("train", place / "tiny.yaml", "--run", run, "--set", "training.seed=9")
+    assert done.exit_code == 2
+    assert "training.seed" in done.stderr
+
+
+@pytest.mark.parametrize("split", ["validation", "test"])
+def test_evaluate_repeats_the_figures_of_training(place: Path, trained: dict[str, Any], split: str) -> None:
+    tasks = answer("evaluate", place / "runs" / "tiny", "--split", split)["tasks"]
+    assert set(tasks) == set(trained[split]) == {"click", "like"}
+    for task, expected in trained[split].items():
+        # Training looks up fused tables, evaluation plain ones: sums in another order, so near-ties may change places.
+        assert tasks[task]["logloss"] == pytest.approx(expected["logloss"], abs=1e-6)
+        assert tasks[task]["auc"] == pytest.approx(expected["auc"], abs=1e-3)
+        assert tasks[task]["num_rows"] == expected["num_rows"]
+
+
+def test_evaluate_shows_a_table(place: Path, trained: dict[str, Any]) -> None:
+    expected = answer("evaluate", place / "runs" / "tiny")["tasks"]
+    shown = [line.split() for line in invoke("evaluate", place / "runs" / "tiny").stdout.splitlines()]
+    for task, metrics in expected.items():
+        row = [f"{metrics[name]:.4f}" for name in ("auc", "gauc", "logloss", "ne", "ece")]
+        assert [task, *row, str(metrics["num_rows"])] in shown
+
+
+def test_evaluate_of_no_run_says_so(tmp_path: Path) -> None:
+    done = invoke("evaluate", tmp_path)
+    assert done.exit_code == 2
+    assert "train a model first" in done.stderr
+
+
+def test_export_checks_what_it_wrote(place: Path, exported: dict[str, Any]) -> None:
+    assert exported["engine"] == "portable"
+    assert exported["max_error"] < 1e-5
+    assert exported["registered"]["name"] == "tiny-ranker"
+    assert exported["registered"]["alias"] == "champion"
+    assert (place / "artifact" / "features" / "users.arrow").is_file()
+
+
+def test_score_adds_a_probability_a_task(place: Path, exported: dict[str, Any]) -> None:
+    source, target = place / "views" / "impressions.parquet", place / "scored.parquet"
+    summary = answer("score", place / "artifact", "-i", source, "-o", target)
+    scored = pq.read_table(target)
+    assert summary["rows"] == scored.num_rows == pq.read_metadata(source).num_rows
+    assert summary["columns"] == ["score_click", "score_like"]
+    values = scored.column("score_click").to_numpy()
+    assert ((values > 0) & (values < 1)).all()
+    assert len(np.unique(values)) > 10
+
+
+def test_a_registered_version_scores_like_its_artifact(place: Path, exported: dict[str, Any]) -> None:
+    source = place / "views" / "impressions.parquet"
+    answer("score", place / "artifact", "-i", source, "-o", place / "a.parquet")
+    uri = exported["registered"]["tracking_uri"]
+    model = "models:/tiny-ranker@champion"
+    answer("score", model, "-i", source, "-o", place / "b.parquet", "--tracking-uri", uri)
+    assert pq.read_table(place / "a.parquet").equals(pq.read_table(place / "b.parquet"))
+
+
+def test_score_of_an_unknown_model_names_it(place: Path, exported: dict[str, Any]) -> None:
+    source = place / "views" / "impressions.parquet"
+    uri = exported["registered"]["tracking_uri"]
+    done = invoke("score", "models:/nobody@champion", "-i", source, "-o", place / "c.parquet", "--tracking-uri", uri)
+    assert done.exit_code == 2
+    assert "nobody" in done.stderr
+    assert not (place / "c.parquet").exists()
+
+
+def test_serve_ranks_and_stops(place: Path, exported: dict[str, Any]) -> None:
+    items = pq.read_table(place / "views" / "items.parquet").column("item_id").to_pylist()[:5]
+    with Service(place / "artifact", place / "service.log") as service:
+        reply = service.rank({"user_id": 1003, "candidates": items})
+        with pytest.raises(UnavailableError, match="candidates must name at least one"):
+            service.rank({"user_id": 1003, "candidates": []})
+    scores = [entry["score"] for entry in reply["ranked"]]
+    assert sorted(entry["item"] for entry in reply["ranked"]) == sorted(items)
+    assert scores == sorted(scores, reverse=True)
+    assert not reply["unknown_user"]
+    with pytest.raises(UnavailableError, match="does not answer"):
+        service.rank({"user_id": 1003, "candidates": items})
+
+
+def test_a_service_that_cannot_start_says_why(tmp_path: Path) -> None:
+    with pytest.raises(UnavailableError, match="status 2") as caught, Service(tmp_path / "none", tmp_path / "log"):
+        pass
+    assert caught.value.hint is not None
+    assert "none" in caught.value.hint
+
+
+def test_simulate_writes_what_it_says(tmp_path: Path) -> None:
+    summary = answer("simulate", "--impressions", 12_000, "--seed", 3, "-o", tmp_path / "views", "--set", "num_days=5")
+    assert summary["config"]["num_days"] == 5
+    for view in ("impressions", "truth"):
+        assert pq.read_metadata(tmp_path / "views" / f"{view}.parquet").num_rows == 12_000
+    assert summary["num_rows"]["impressions"] == 12_000
+
+
+def test_simulate_names_an_unknown_setting(tmp_path: Path) -> None:
+    done = invoke("simulate", "-o", tmp_path / "views", "--set", "clik_rate=0.1")
+    assert done.exit_code == 2
+    assert "did you mean 'click_rate'?" in done.stderr
+
+
+def test_data_lists_what_it_can_read() -> None:
+    listing = answer("data", "list")
+    assert {"kuairand_pure", "movielens_1m"} <= set(listing)
+    assert all(entry["raw_files"] and entry["licence"] for entry in listing.values())
+    shown = invoke("data", "list").stdout
+    assert all(name in shown for name in listing)
+
+
+def test_data_names_what_is_missing(tmp_path: Path) -> None:
+    unknown = invoke("data", "movielens")
+    assert unknown.exit_code == 2
+    assert "movielens_1m" in unknown.stderr
+    no_folder = invoke("data", "movielens_1m")
+    assert no_folder.exit_code == 2
+    assert "--raw" in no_folder.stderr
+    assert "ratings.dat" in no_folder.stderr
+
+
+def test_data_converts(tmp_path: Path, dataset: Callable[[str], Path]) -> None:
+    raw = dataset("movielens_1m")
+    summary = answer("data", "movielens_1m", "--raw", raw, "-o", tmp_path / "views")
+    assert summary["rows_written"]["users"] == 6040
+    assert pq.read_metadata(tmp_path / "views" / "users.parquet").num_rows == 6040
+
+
+@pytest.mark.slow
+def test_demo_runs_all_stages_and_again_from_what_is_there(tmp_path: Path) -> None:
+    arguments = ("demo", "-o", tmp_path / "demo", "--impressions", 12_000, "--epochs", 1)
+    first = answer(*arguments)
+    scorers = first["scorers"]
+    assert scorers["floor"]["auc"] < scorers["ceiling"]["auc"]
+    assert scorers["model"]["auc"] < scorers["ceiling"]["auc"]
+    assert len({scorers[s]["num_rows"] for s in scorers}) == 1
+    assert first["score_difference"] < 1e-6
+    probabilities = [c["probability"] for c in first["top_candidates"]]
+    assert probabilities == sorted(probabilities, reverse=True)
+    report = Path(first["report"]).read_text(encoding="utf-8")
+    assert "true probabilities" in report
+    assert f"{scorers['ceiling']['auc']:.4f}" in report
+    assert Path(first["artifact"], "manifest.json").is_file()
+    assert pq.read_metadata(first["scores"]).num_rows == scorers["model"]["num_rows"]
+
+    again = invoke(*arguments)
+    assert again.exit_code == 0
+    assert again.stderr.count("there already") == 3
+    assert f"{scorers['model']['auc']:.4f}" in again.stdout
+    assert "item popularity (floor)" in again.stdout
