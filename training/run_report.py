@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -103,9 +103,20 @@ def _data(training_set: TrainingSet) -> DataSummary:
             "schema": fingerprint(training_set.schema),
             "encoder": str(manifest["encoder_fingerprint"]),
         },
-        quarantined={str(k): int(v) for k, v in manifest.get("quarantined", {}).items()},
-        boundaries={str(k): str(v) for k, v in manifest.get("split", {}).items()},
+        quarantined={
+            f"{view}: {reason}": int(rows)
+            for view, reasons in manifest["quarantined"].items()
+            for reason, rows in reasons.items()
+        },
+        boundaries={name.replace("_", " "): _moment(time) for name, time in manifest["split"].items()},
     )
+
+
+def _moment(time: int | None) -> str:
+    """A boundary of a split in words; None is the beginning of the data."""
+    if time is None:
+        return "first impression"
+    return (datetime(1970, 1, 1, tzinfo=UTC) + timedelta(microseconds=time)).isoformat(sep=" ")
 
 
 def _environment(summary: Mapping[str, Any]) -> dict[str, str]:

@@ -31,7 +31,7 @@ class Service:
         url: where it listens.
     """
 
-    def __init__(self, artifact: Path, log: Path, *, start_timeout_s: float = 60.0) -> None:
+    def __init__(self, artifact: Path, log: Path, *, start_timeout_s: float = 180.0) -> None:
         self._artifact = artifact
         self._log = log
         self._start_timeout_s = start_timeout_s

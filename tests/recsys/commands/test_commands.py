@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import html
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import polars as pl
 import pyarrow.parquet as pq
 import pytest
 import yaml
@@ -35,9 +37,14 @@ def answer(*arguments: object) -> Any:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A user's folder: views, schema, experiment."""
+    """A user's folder: views with two broken rows, schema, experiment; and the sound rows by themselves, to score."""
     folder = tmp_path_factory.mktemp("commands")
     write_views(folder / "views", num_requests=200)
+    impressions = pl.read_parquet(folder / "views" / "impressions.parquet")
+    impressions[2:].write_parquet(folder / "sound.parquet")
+    is_broken = pl.int_range(pl.len()) < 2
+    broken = impressions.with_columns(pl.when(is_broken).then(None).otherwise(pl.col("user_id")).alias("user_id"))
+    broken.write_parquet(folder / "views" / "impressions.parquet")
     (folder / "schema.yaml").write_text(yaml.safe_dump(SCHEMA), encoding="utf-8")
     experiment = {
         "name": "tiny",
@@ -68,7 +75,8 @@ def exported(place: Path, trained: dict[str, Any]) -> dict[str, Any]:
 
 def test_build_counts_its_rows(place: Path, built: dict[str, Any]) -> None:
     impressions = pq.read_metadata(place / "views" / "impressions.parquet").num_rows
-    broken = sum(sum(reasons.values()) for reasons in built["quarantined"].values())
+    broken = sum(built["quarantined"]["impressions"].values())
+    assert broken >= 2
     assert sum(built["rows"].values()) + built["outside_split"] + broken == impressions
     assert not built["skipped"]
     assert (place / "training_set" / "manifest.json").is_file()
@@ -98,9 +106,12 @@ def test_a_wrong_setting_is_named(place: Path, command: str) -> None:
     assert "data.views" in done.stderr
 
 
-def test_train_leaves_a_report_and_an_mlflow_run(place: Path, trained: dict[str, Any]) -> None:
+def test_train_leaves_a_report_and_an_mlflow_run(built: dict[str, Any], trained: dict[str, Any]) -> None:
     assert trained["epochs"] == 2
-    assert Path(trained["report"]).read_text(encoding="utf-8").startswith("<!doctype html>")
+    report = Path(trained["report"]).read_text(encoding="utf-8")
+    assert report.startswith("<!doctype html>")
+    for reason, rows in built["quarantined"]["impressions"].items():
+        assert f'impressions: {html.escape(reason)}</th><td class="number">{rows:,}</td>' in report
     assert trained["mlflow"]["tracking_uri"].startswith("sqlite:///")
     assert len(trained["mlflow"]["run_id"]) == 32
 
@@ -152,7 +163,7 @@ def test_export_checks_what_it_wrote(place: Path, exported: dict[str, Any]) -> N
 
 
 def test_score_adds_a_probability_a_task(place: Path, exported: dict[str, Any]) -> None:
-    source, target = place / "views" / "impressions.parquet", place / "scored.parquet"
+    source, target = place / "sound.parquet", place / "scored.parquet"
     summary = answer("score", place / "artifact", "-i", source, "-o", target)
     scored = pq.read_table(target)
     assert summary["rows"] == scored.num_rows == pq.read_metadata(source).num_rows
@@ -163,7 +174,7 @@ def test_score_adds_a_probability_a_task(place: Path, exported: dict[str, Any]) 
 
 
 def test_a_registered_version_scores_like_its_artifact(place: Path, exported: dict[str, Any]) -> None:
-    source = place / "views" / "impressions.parquet"
+    source = place / "sound.parquet"
     answer("score", place / "artifact", "-i", source, "-o", place / "a.parquet")
     uri = exported["registered"]["tracking_uri"]
     model = "models:/tiny-ranker@champion"
@@ -172,7 +183,7 @@ def test_a_registered_version_scores_like_its_artifact(place: Path, exported: di
 
 
 def test_score_of_an_unknown_model_names_it(place: Path, exported: dict[str, Any]) -> None:
-    source = place / "views" / "impressions.parquet"
+    source = place / "sound.parquet"
     uri = exported["registered"]["tracking_uri"]
     done = invoke("score", "models:/nobody@champion", "-i", source, "-o", place / "c.parquet", "--tracking-uri", uri)
     assert done.exit_code == 2
