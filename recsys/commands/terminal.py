@@ -59,15 +59,26 @@ def _json_value(value: Any) -> Any:
 
 
 def print_facts(title: str, facts: Mapping[str, Any]) -> None:
-    """Prints names and values in two columns. Lines are never folded: paths can be copied from them."""
+    """Prints names and values in two columns; what is nested has its names joined by dots.
+
+    Lines are never folded: paths can be copied from them.
+    """
     from rich.text import Text
 
+    facts = _flat(facts)
     console = results()
     if title:
         console.print(Text(title, style="bold"), soft_wrap=True)
     width = max(map(len, facts), default=0)
     for name, value in facts.items():
         console.print(Text.assemble((name.ljust(width), "dim"), "  ", _shown(value)), soft_wrap=True)
+
+
+def _flat(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in nested.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+    return flat
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
@@ -100,9 +111,12 @@ def _shown(value: Any) -> str:
     if value is None:
         return "\u2013"
     if isinstance(value, float):
-        return f"{value:.4f}" if math.isfinite(value) else "\u2013"
+        shown = f"{value:.4f}" if abs(value) < 1000 else f"{value:,.0f}"
+        return shown if math.isfinite(value) else "\u2013"
     if isinstance(value, int) and not isinstance(value, bool):
         return f"{value:,}"
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(_shown, value))
     return str(value)
 
 

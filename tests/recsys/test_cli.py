@@ -149,6 +149,22 @@ def test_json_is_all_of_stdout(run: Callable[..., Any], benchmark: Any) -> None:
     assert "benchmark score" in done.stderr
 
 
+def test_figures_are_shown_flat_and_unfolded(run: Callable[..., Any], benchmark: Any) -> None:
+    path = "/a/long/path" * 30
+    benchmark(
+        lambda: {"p50_ms": 1.5, "rows_per_s": 123456.7, "machine": {"cores": 2, "models": ["a", "b"]}, "at": path}
+    )
+    lines = run("bench", "score").stdout.splitlines()
+    assert lines == [
+        "score",
+        "p50_ms          1.5000",
+        "rows_per_s      123,457",
+        "machine.cores   2",
+        "machine.models  a, b",
+        f"at              {path}",
+    ]
+
+
 def test_benchmarks_need_a_checkout(run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "benchmarks", None)
     monkeypatch.delitem(sys.modules, "benchmarks.score", raising=False)
