@@ -26,6 +26,7 @@ from recsys.training_set import TrainingSet
 from training.console import quiet_libraries
 from training.data import BatchLoader, LoadedBatch
 from training.experiment import TrainingConfig
+from training.memory import keep_freed_memory
 from training.objective import Objective
 from training.strategy import SingleProcess
 
@@ -54,6 +55,7 @@ def run(
         maximum length; the machine.
     """
     quiet_libraries()
+    keep_freed_memory()
     figures: dict[str, Any] = {"batch_size": batch_size, "threads": 1, "repeats": repeats}
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

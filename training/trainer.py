@@ -37,6 +37,7 @@ from training.console import TrainingDisplay, quiet_libraries
 from training.data import BatchLoader, LoadedBatch
 from training.evaluate import Predictions, evaluate, plain, predict
 from training.experiment import ExperimentConfig, check_tasks
+from training.memory import keep_freed_memory
 from training.objective import Objective
 from training.run import RunFolder, flatten
 from training.run_report import write_run_report
@@ -205,6 +206,7 @@ def train_rank(
         display: shows what rank 0 has to say.
     """
     quiet_libraries()
+    keep_freed_memory()
     training_set = open_training_set(experiment, schema)
     folder = RunFolder(Path(run_dir))
     tracker = _tracker(experiment, training_set, folder, display) if strategy.rank == 0 else None
