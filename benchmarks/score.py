@@ -1,7 +1,8 @@
 """Scoring one request: the scorer against an eager model that copies the history to every candidate.
 
-Both start from the same ids, with the same weights and one thread, and give the same probabilities. They are timed in turns, so
-that whatever else the machine does falls on both; the ratio of the medians is the figure to trust. The bar is a quarter.
+Both start from the same ids, with the same weights and one thread, and give the same probabilities. They are timed in
+turns, so that whatever else the machine does falls on both; the ratio of the medians is the figure to trust. The bar
+is a quarter.
 
 The model is DIN as its defaults make it, on the simulator's schema: an event is an item, its category and its tags.
 """
@@ -21,8 +22,8 @@ from torch import Tensor
 from benchmarks.machine import machine_record
 from recsys.batch import Batch
 from recsys.embedded import Embedded
-from recsys.models import DINConfig, RankingModel, build_model
-from recsys.models.din import DIN
+from recsys.models import RankingModel, build_model
+from recsys.models.din import DIN, DINConfig
 from recsys.predictor import Predictor
 from recsys.schema import Schema
 from recsys.training_set import TrainingSet
@@ -46,7 +47,8 @@ def run(
         seed: of the simulator and the weights.
 
     Returns:
-        Figures by name: milliseconds a request of each contender, their ratios, seconds of export and compilation, the machine.
+        Figures by name: milliseconds a request of each contender, their ratios, seconds of export and compilation,
+        the machine.
     """
     from training.export import export_artifact
 
@@ -141,15 +143,16 @@ class TiledDIN:
     def _hidden(self, embedded: Embedded) -> Tensor:
         network = self._network
         pooled = [
-            self._pooled(attention.unit, *parts)  # type: ignore[arg-type]
+            self._pooled(attention.unit, *parts)
             for attention, parts in zip(network.attention, network._histories(embedded), strict=True)
         ]
         request, rows = network._mlp_inputs(embedded, pooled)
         hidden: Tensor = network.mlp(request, rows, torch.arange(len(rows)))
         return hidden
 
-    def _pooled(self, unit: Any, query_ND: Tensor, keys_NLD: Tensor, lengths_N: Tensor) -> Tensor:
-        """The activation unit on [q; k; q - k; q * k], N x L of them."""
+    def _pooled(self, unit: Any, query: Tensor, keys: Tensor, lengths: Tensor) -> Tensor:
+        """The activation unit on N x L of [q; k; q - k; q * k]; query (N, D), keys (N, L, D + E), lengths (N,)."""
+        query_ND, keys_NLD, lengths_N = query, keys, lengths
         num_rows, longest, _ = keys_NLD.shape
         valid_NL = torch.arange(longest) < lengths_N.unsqueeze(1)
         query_NLD = query_ND.unsqueeze(1).expand(-1, longest, -1)

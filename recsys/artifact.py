@@ -11,8 +11,9 @@
     self_test.npz             recorded batches and the logits that the trained model gave them
     features/                 snapshot of items (users, event logs): what is known of them without being told
 
-A program takes a flat list of tensors, named and ordered by :func:`input_names`, and gives logits ``(N, T)``. There are two
-forms: *many* requests, and a *single* one, which has no ``request_of_row`` and repeats nothing of the user's side.
+A program takes a flat list of tensors, named and ordered by :func:`input_names`, and gives logits ``(N, T)``. There
+are two forms: *many* requests, and a *single* one, which has no ``request_of_row`` and repeats nothing of the user's
+side.
 
 Shapes: R requests, N candidates (rows), L longest history of the batch, D width of a vector, T tasks.
 """
@@ -60,17 +61,17 @@ X86_64_V3 = ("avx2", "fma3", "f16c", "bmi", "bmi2", "lzcnt")
 """What the instruction set level x86-64-v3 promises, in the words of ``torch.cpu.get_capabilities()``."""
 
 
-# --- What programs take ---------------------------------------------------------------------------------------------------
+# What programs take
 
 
 def input_names(schema: Schema, form: Form) -> list[str]:
     """Names of a program's inputs, in order.
 
-    ``request/<feature>``, ``candidate/<feature>``, ``<history>/<feature>``, ``<history>/@lengths``, ``<history>/@times``, and
-    in the form of many requests ``@request_of_row``.
+    ``request/<feature>``, ``candidate/<feature>``, ``<history>/<feature>``, ``<history>/@lengths``,
+    ``<history>/@times``, and in the form of many requests ``@request_of_row``.
     """
-    names = [f"request/{f.name}" for scope in ("user", "context") for f in schema.features_of(scope)]  # type: ignore[arg-type]
-    names += [f"candidate/{f.name}" for scope in ("item", "candidate") for f in schema.features_of(scope)]  # type: ignore[arg-type]
+    names = [f"request/{f.name}" for f in (*schema.features_of("user"), *schema.features_of("context"))]
+    names += [f"candidate/{f.name}" for f in (*schema.features_of("item"), *schema.features_of("candidate"))]
     for history in schema.histories:
         names += [f"{history.name}/{f}" for f in (*history.attributes, *(e.name for e in history.event_features))]
         names += [f"{history.name}/@lengths", f"{history.name}/@times"]
@@ -106,7 +107,7 @@ def unflatten(schema: Schema, tensors: Mapping[str, Tensor]) -> Embedded:
     return Embedded(request, candidate, histories, request_of_row)
 
 
-# --- Recorded batches -----------------------------------------------------------------------------------------------------
+# Recorded batches
 
 
 def write_self_test(path: Path, batches: Mapping[str, Batch], logits: Mapping[str, np.ndarray]) -> None:
@@ -181,7 +182,7 @@ def _replayed(arrays: Mapping[str, np.ndarray], name: str, schema: Schema) -> Ba
     )
 
 
-# --- The folder -----------------------------------------------------------------------------------------------------------
+# The folder
 
 
 class ArtifactWriter:
@@ -384,7 +385,7 @@ class Artifact:
                 raise ArtifactError(f"{path} cannot be read as a table", hint=_EXPORT_AGAIN) from err
             if array.shape != (entry["rows"], entry["dim"]) or array.dtype != np.float32:
                 raise ArtifactError(
-                    f"{path} must be float32 of shape ({entry['rows']}, {entry['dim']}), got {array.dtype} {array.shape}",
+                    f"{path} must be float32 ({entry['rows']}, {entry['dim']}), got {array.dtype} {array.shape}",
                     hint=_EXPORT_AGAIN,
                 )
             tables[name] = torch.from_numpy(array)

@@ -1,7 +1,8 @@
 """An artifact's model, ready to score: tables mapped, programs loaded, recorded rows replayed.
 
-The look-up reads the memory-mapped tables and puts :class:`~recsys.embedded.Embedded` together with the same function as the
-trainer. The network runs as a compiled program where there is one that fits this machine, else as an exported one.
+The look-up reads the memory-mapped tables and puts :class:`~recsys.embedded.Embedded` together with the same function
+as the trainer. The network runs as a compiled program where there is one that fits this machine, else as an exported
+one.
 
 Shapes: R requests, N candidates (rows), T tasks.
 """
@@ -41,8 +42,8 @@ class Predictor:
 
     Args:
         artifact: opened.
-        engine: ``compiled`` insists on the compiled program of single requests, ``portable`` does without, ``auto`` takes it
-            where it is there and fits this machine.
+        engine: ``compiled`` insists on the compiled program of single requests, ``portable`` does without, ``auto``
+            takes it where it is there and fits this machine.
 
     Attributes:
         artifact: what it scores with.
@@ -87,7 +88,7 @@ class Predictor:
         except RuntimeError as err:
             # It is unpacked into a temporary folder, which may not allow execution, or be full.
             return "portable", f"it cannot be loaded ({str(err).splitlines()[0][:200]})"
-        self._single = lambda inputs: loader.boxed_run(inputs)[0]  # type: ignore[assignment]
+        self._single = lambda inputs: loader.boxed_run(inputs)[0]
         return "compiled", None
 
     def logits(self, batch: Batch) -> np.ndarray:
@@ -154,8 +155,9 @@ class Predictor:
             worst = max(worst, error if np.isfinite(logits).all() else np.inf)
         if not worst <= TOLERANCE:
             raise ArtifactError(
-                f"{self.artifact.folder}: recorded rows must give the recorded logits within {TOLERANCE:g}, got {worst:.2g}",
-                hint="export the artifact again on this machine; if it stays, the artifact and the libraries do not fit",
+                f"{self.artifact.folder}: recorded rows must give the recorded logits within {TOLERANCE:g}, "
+                f"got {worst:.2g}",
+                hint="export the artifact again here; if it stays, the artifact and the libraries do not fit",
             )
         return worst
 
@@ -190,13 +192,13 @@ def _load_portable(artifact: Artifact, form: Form) -> Program:
         with quiet():
             # The guards say again what the artifact's schema and the assembling code hold, on every call.
             module = torch.export.load(path).module(check_guards=False)
-    except Exception as err:  # noqa: BLE001 - torch.export raises what its parts raise
+    except Exception as err:
         wrote = artifact.manifest.get("torch")
         raise ArtifactError(
             f"{path} cannot be loaded by torch {torch_version()} ({type(err).__name__})",
             hint=f"it was written by torch {wrote}: install that version, or export the artifact again",
         ) from err
-    return lambda inputs: module(*inputs)  # type: ignore[no-any-return]
+    return lambda inputs: module(*inputs)
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """Raw requests and stored features in, one :class:`~recsys.batch.Batch` out.
 
-The only place where serving turns values into ids, and it does so with the encoder that the model was trained with. JSON
-requests and data frames meet here as :class:`RawBatch`: columns of raw values.
+The only place where serving turns values into ids, and it does so with the encoder that the model was trained with.
+JSON requests and data frames meet here as :class:`RawBatch`: columns of raw values.
 
 For every feature, the first of these that there is:
 
@@ -24,6 +24,7 @@ import pyarrow as pa
 import torch
 
 from recsys.batch import Bags, Batch, Column, HistoryBatch, concatenated_ranges
+from recsys.encoding.columns import Array
 from recsys.encoding.encoder import EncodedColumn, Encoder, Ragged
 from recsys.errors import EncodingError, RequestError
 from recsys.schema import Feature, History, Schema, Scope
@@ -40,7 +41,7 @@ class Given(NamedTuple):
         where: names the column in messages.
     """
 
-    values: pa.Array
+    values: Array
     rows: np.ndarray | None
     where: str
 
@@ -59,7 +60,7 @@ class GivenHistory:
 
     requests: np.ndarray
     offsets: np.ndarray
-    items: pa.Array
+    items: Array
     times: np.ndarray | None
     columns: Mapping[str, Given] = field(default_factory=dict)
 
@@ -82,8 +83,8 @@ class RawBatch:
 
     request_of_row: np.ndarray
     time: np.ndarray
-    users: pa.Array
-    items: pa.Array
+    users: Array
+    items: Array
     row_time: np.ndarray | None = None
     user: Mapping[str, Given] = field(default_factory=dict)
     context: Mapping[str, Given] = field(default_factory=dict)
@@ -183,7 +184,7 @@ class Assembler:
         return Assembled(batch, is_known_user, is_known_item, num_ignored)
 
     def _entities(
-        self, scope: Scope, keys: pa.Array, given: Mapping[str, Given], n: int, problems: list[str]
+        self, scope: Scope, keys: Array, given: Mapping[str, Given], n: int, problems: list[str]
     ) -> tuple[dict[str, EncodedColumn], np.ndarray]:
         features = self._by_scope[scope]
         return self._entity_columns(scope, features, keys, given, n, problems)
@@ -192,7 +193,7 @@ class Assembler:
         self,
         scope: Scope,
         features: Sequence[Feature],
-        keys: pa.Array,
+        keys: Array,
         given: Mapping[str, Given],
         n: int,
         problems: list[str],
@@ -234,7 +235,7 @@ class Assembler:
                 base = (
                     self._encoder.unknown_column(feature.name, n)
                     if fact is None
-                    else self._encoder.encode(feature.name, fact if isinstance(fact, pa.Array) else pa.array(fact))
+                    else self._encoder.encode(feature.name, pa.array(fact) if isinstance(fact, np.ndarray) else fact)
                 )
             if came is None:
                 return base
@@ -304,7 +305,7 @@ def overlay(base: EncodedColumn, rows: np.ndarray, values: EncodedColumn) -> Enc
         assert isinstance(values, Ragged)
         source = np.arange(len(base.offsets) - 1)
         source[rows] = len(source) + np.arange(len(rows))
-        return _joined([base, values]).take(source)  # type: ignore[union-attr]
+        return _joined([base, values]).take(source)
     result = base.copy()
     assert isinstance(values, np.ndarray)
     result[rows] = values.reshape(len(rows), *base.shape[1:])
@@ -345,7 +346,7 @@ def _to_tensor(column: EncodedColumn) -> Column:
     return torch.from_numpy(column[:, None] if column.dtype == np.float32 and column.ndim == 1 else column)
 
 
-# --- Checked requests as columns ------------------------------------------------------------------------------------------
+# Checked requests as columns
 
 
 def raw_batch(requests: Sequence[RankRequest]) -> RawBatch:
@@ -392,7 +393,8 @@ def _given_histories(requests: Sequence[RankRequest], problems: list[str]) -> di
         if all(has_times):
             times = np.array([t for h in events for t in h.times or ()], np.int64)
         elif any(h.times is not None for h in events):
-            # Some requests give times and some do not: those that do not are as old as can be told apart from the request.
+            # Some requests give times and some do not: those that do not are as old as can be told apart from the
+            # request.
             pairs = [(requests[i].time, h) for i, h in brought]
             times = np.array([t for at, h in pairs for t in h.times or [at - 1] * len(h.items)], np.int64)
         items = [k for h in events for k in h.items]
@@ -425,7 +427,7 @@ def _given(rows: Iterable[tuple[int, Mapping[str, Any]]], n: int, where: str, pr
     }
 
 
-def _array(values: list[Any], where: str, problems: list[str]) -> pa.Array:
+def _array(values: list[Any], where: str, problems: list[str]) -> Array:
     try:
         return pa.array(values)
     except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError):

@@ -18,6 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from recsys.encoding.columns import Array
 from recsys.errors import ConfigError, SourceError
 from serving.frames import FrameReader, score_table
 from serving.scorer import Scorer
@@ -66,13 +67,15 @@ def score_parquet(
 ) -> BatchSummary:
     """Scores impressions.
 
-    Every column of the input is kept, rows keep their order, and one float64 column a task is added. Users, items and histories
-    come from the scorer's stored features; columns of users or items in the input count only where none are stored.
+    Every column of the input is kept, rows keep their order, and one float64 column a task is added. Users, items and
+    histories come from the scorer's stored features; columns of users or items in the input count only where none are
+    stored.
 
     Args:
         scorer: the model and its stored features, or the folder of an artifact.
         input_path: a Parquet file, or a folder of them, in the form of the schema's impressions view.
-        output: a file, or for a folder a folder with the same parts; ``name.parquet`` joins the parts of a folder in one file.
+        output: a file, or for a folder a folder with the same parts; ``name.parquet`` joins the parts of a folder in
+            one file.
         features: folder of stored features, for an artifact; its own snapshot if not given.
         batch_size: rows scored at once, about.
         column: name of the added columns; ``{task}`` stands for the task.
@@ -172,7 +175,7 @@ def _pieces(file: Path, batch_size: int, request: str | None) -> Iterator[pa.Tab
         yield kept
 
 
-def _last_boundary(requests: pa.ChunkedArray) -> int:
+def _last_boundary(requests: Array) -> int:
     """The first row of the last request."""
     codes = requests.combine_chunks().dictionary_encode().indices.fill_null(-1).to_numpy(zero_copy_only=False)
     others = np.flatnonzero(codes != codes[-1])

@@ -1,8 +1,8 @@
 """What is known of users, items and their histories without being told in a request.
 
-A :class:`FeatureSource` answers with encoded columns. :class:`SnapshotFeatures` reads them from memory-mapped tables: those
-that an artifact carries, or a whole training set. Sources never guess: who is not known gets the unknown values, and is
-reported as such.
+A :class:`FeatureSource` answers with encoded columns. :class:`SnapshotFeatures` reads them from memory-mapped tables:
+those that an artifact carries, or a whole training set. Sources never guess: who is not known gets the unknown
+values, and is reported as such.
 
 Shapes: n entities, R requests, S events of all requests together.
 """
@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
-import pyarrow as pa
 
 from recsys.batch import concatenated_ranges
+from recsys.encoding.columns import Array
 from recsys.encoding.encoder import EncodedColumn, Encoder, Ragged
 from recsys.encoding.key_index import KeyIndex
 from recsys.errors import ArtifactError
@@ -64,13 +64,13 @@ class FeatureSource(Protocol):
     has_users: bool
     has_items: bool
 
-    def users(self, keys: pa.Array, features: Sequence[str]) -> Known:
+    def users(self, keys: Array, features: Sequence[str]) -> Known:
         """User features of ``(n,)`` keys; null is an unknown user."""
 
-    def items(self, keys: pa.Array, features: Sequence[str]) -> Known:
+    def items(self, keys: Array, features: Sequence[str]) -> Known:
         """Item features of ``(n,)`` keys; null is an unknown item."""
 
-    def history(self, name: str, users: pa.Array, before: np.ndarray, max_length: int) -> Events:
+    def history(self, name: str, users: Array, before: np.ndarray, max_length: int) -> Events:
         """The newest events of each user strictly before a time.
 
         Args:
@@ -93,7 +93,7 @@ class _Entities:
     table: Table
     index: KeyIndex
 
-    def rows(self, keys: pa.Array, where: str) -> np.ndarray:
+    def rows(self, keys: Array, where: str) -> np.ndarray:
         """``(n,)`` int64: row of each key, 0 if it is not known."""
         return np.maximum(self.index.positions(keys, where=where), 0)
 
@@ -101,8 +101,8 @@ class _Entities:
 class SnapshotFeatures:
     """Features from tables on disk, memory-mapped.
 
-    The folder may hold ``users.arrow``, ``items.arrow`` and ``events/<history>.arrow`` of a training set, any of them; what is
-    not there is unknown. Histories need all three.
+    The folder may hold ``users.arrow``, ``items.arrow`` and ``events/<history>.arrow`` of a training set, any of
+    them; what is not there is unknown. Histories need all three.
 
     Args:
         folder: an artifact's ``features`` folder, or a training set.
@@ -171,21 +171,21 @@ class SnapshotFeatures:
         assert table.keys is not None
         return _Entities(table, KeyIndex(table.keys))
 
-    def users(self, keys: pa.Array, features: Sequence[str]) -> Known:
+    def users(self, keys: Array, features: Sequence[str]) -> Known:
         """See :class:`FeatureSource`."""
         return self._known(self._users if self.has_users else None, keys, features, "user_id")
 
-    def items(self, keys: pa.Array, features: Sequence[str]) -> Known:
+    def items(self, keys: Array, features: Sequence[str]) -> Known:
         """See :class:`FeatureSource`."""
         return self._known(self._items if self.has_items else None, keys, features, "candidates")
 
-    def _known(self, entities: _Entities | None, keys: pa.Array, features: Sequence[str], where: str) -> Known:
+    def _known(self, entities: _Entities | None, keys: Array, features: Sequence[str], where: str) -> Known:
         if entities is None:
             return unknown(self._encoder, features, len(keys))
         rows = entities.rows(keys, where)
         return Known({f: take_rows(entities.table.columns[f], rows) for f in features}, rows > 0)
 
-    def history(self, name: str, users: pa.Array, before: np.ndarray, max_length: int) -> Events:
+    def history(self, name: str, users: Array, before: np.ndarray, max_length: int) -> Events:
         """See :class:`FeatureSource`."""
         log = self._logs.get(name)
         if log is None or not self.has_users or not self.has_items:
@@ -222,15 +222,15 @@ class NoFeatures:
     def __init__(self, encoder: Encoder) -> None:
         self._encoder = encoder
 
-    def users(self, keys: pa.Array, features: Sequence[str]) -> Known:
+    def users(self, keys: Array, features: Sequence[str]) -> Known:
         """See :class:`FeatureSource`."""
         return unknown(self._encoder, features, len(keys))
 
-    def items(self, keys: pa.Array, features: Sequence[str]) -> Known:
+    def items(self, keys: Array, features: Sequence[str]) -> Known:
         """See :class:`FeatureSource`."""
         return unknown(self._encoder, features, len(keys))
 
-    def history(self, name: str, users: pa.Array, before: np.ndarray, max_length: int) -> Events:  # noqa: ARG002
+    def history(self, name: str, users: Array, before: np.ndarray, max_length: int) -> Events:  # noqa: ARG002
         """See :class:`FeatureSource`."""
         return no_events(self._encoder, name, len(users))
 

@@ -1,14 +1,14 @@
 """Impressions in a table, scored as requests.
 
-Rows that belong to one request are scored together, so that its user and history are looked up once. Which rows those are
-decides only the speed: a row's score never depends on its neighbours. The result is in the order of the rows.
+Rows that belong to one request are scored together, so that its user and history are looked up once. Which rows those
+are decides only the speed: a row's score never depends on its neighbours. The result is in the order of the rows.
 
-The columns are those of the schema's impressions view: user, item, time, request (optional), and what context and candidate
-features read. Beside them a table may hold
+The columns are those of the schema's impressions view: user, item, time, request (optional), and what context and
+candidate features read. Beside them a table may hold
 
 * columns that user and item features read: they take the place of what is stored;
-* histories, as list columns named ``<history>.<column>``: ``clicked.item_id``, ``clicked.time``, ``clicked.dwell``; all lists
-  of a row equally long, oldest first. A null list stands for the stored history.
+* histories, as list columns named ``<history>.<column>``: ``clicked.item_id``, ``clicked.time``, ``clicked.dwell``;
+  all lists of a row equally long, oldest first. A null list stands for the stored history.
 
 Shapes: R requests, N rows, T tasks.
 """
@@ -24,7 +24,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from recsys.encoding.columns import as_array, as_times, flatten_lists
+from recsys.encoding.columns import Array, as_array, as_times, flatten_lists
 from recsys.errors import EncodingError, RequestError, SourceError, nearest
 from recsys.schema import Feature, Schema
 from serving.assembler import Given, GivenHistory, RawBatch
@@ -54,8 +54,8 @@ class FrameReader:
     Attributes:
         schema: the model's.
         reads_entities: whether columns that user and item features read count; if not, only what is stored does.
-        is_complete: whether the time and every column of context and candidate features must be there. If not, the time is now
-            and the others are unknown.
+        is_complete: whether the time and every column of context and candidate features must be there. If not, the
+            time is now and the others are unknown.
     """
 
     schema: Schema
@@ -138,7 +138,7 @@ class FrameReader:
     def _features(self, scope: str) -> tuple[Feature, ...]:
         return self.schema.features_of(scope)  # type: ignore[arg-type]
 
-    def _given_columns(self, columns: Mapping[str, pa.Array], scopes: Sequence[str]) -> dict[str, pa.Array]:
+    def _given_columns(self, columns: Mapping[str, Array], scopes: Sequence[str]) -> dict[str, Array]:
         """Columns that features of some scopes read, but for keys and the time, which are known anyway."""
         shown = self.schema.views.impressions
         names = [f.source_column for s in scopes for f in self._features(s)]
@@ -149,7 +149,7 @@ class FrameReader:
         }
 
     def _taken(
-        self, columns: Mapping[str, pa.Array], scope: str | None, rows: np.ndarray, source: str
+        self, columns: Mapping[str, Array], scope: str | None, rows: np.ndarray, source: str
     ) -> dict[str, Given]:
         names = set(columns) if scope is None else {f.source_column for f in self._features(scope)}
         return {
@@ -158,7 +158,7 @@ class FrameReader:
             if name in names
         }
 
-    def _times(self, column: pa.Array | None, n: int, source: str) -> np.ndarray:
+    def _times(self, column: Array | None, n: int, source: str) -> np.ndarray:
         shown = self.schema.views.impressions
         if column is None:
             return np.full(n, clock.time_ns() // 1000, np.int64)
@@ -193,10 +193,10 @@ class FrameReader:
             names.add(views.events.item)
         return names
 
-    def _history_parts(self, name: str, columns: Mapping[str, pa.Array]) -> dict[str, pa.Array]:
+    def _history_parts(self, name: str, columns: Mapping[str, Array]) -> dict[str, Array]:
         return {c.removeprefix(f"{name}."): a for c, a in columns.items() if c.startswith(f"{name}.")}
 
-    def _history(self, name: str, parts: Mapping[str, pa.Array], lead: np.ndarray, source: str) -> GivenHistory:
+    def _history(self, name: str, parts: Mapping[str, Array], lead: np.ndarray, source: str) -> GivenHistory:
         keys = [c for c in parts if c in self._item_names()]
         if not keys:
             raise SourceError(
@@ -207,11 +207,11 @@ class FrameReader:
                 raise SourceError(f"{source}: column {name}.{column} must hold lists, got {array.type}")
         given = np.flatnonzero(parts[keys[0]].take(pa.array(lead)).is_valid().to_numpy(zero_copy_only=False))
         rows = pa.array(lead[given])
-        items, lengths = flatten_lists(parts[keys[0]].take(rows))
-        flat: dict[str, pa.Array] = {}
+        items, offsets = flatten_lists(parts[keys[0]].take(rows))
+        flat: dict[str, Array] = {}
         for column, array in parts.items():
             values, other = flatten_lists(array.take(rows))
-            if not np.array_equal(other, lengths):
+            if not np.array_equal(other, offsets):
                 raise SourceError(f"{source}: lists of {name}.{column} and {name}.{keys[0]} must be equally long")
             flat[column] = values
         events = self.schema.views.events
@@ -220,8 +220,6 @@ class FrameReader:
         where = f"{source}: column {name}.time"
         if time is not None and (pa.types.is_string(time.type) or pa.types.is_large_string(time.type)):
             time = _parsed(time, where)
-        offsets = np.zeros(len(given) + 1, np.int64)
-        np.cumsum(lengths, out=offsets[1:])
         columns = {
             c: Given(v, None, f"{source}: column {name}.{c}") for c, v in flat.items() if c not in self._item_names()
         }
@@ -232,7 +230,7 @@ class FrameReader:
         return GivenHistory(given, offsets, items, times, columns)
 
 
-def _parsed(column: pa.Array, where: str) -> pa.Array:
+def _parsed(column: Array, where: str) -> Array:
     """ISO 8601 text as times; UTC where it has no offset."""
     for kind in (pa.timestamp("us", "UTC"), pa.timestamp("us")):
         try:
@@ -242,7 +240,7 @@ def _parsed(column: pa.Array, where: str) -> pa.Array:
     raise SourceError(f"{where} must hold times, got text that is not ISO 8601")
 
 
-def groups_of(columns: Sequence[pa.Array], n: int) -> np.ndarray:
+def groups_of(columns: Sequence[Array], n: int) -> np.ndarray:
     """``(n,)`` int64: equal for rows that are equal in every column, numbered by their first row.
 
     Rows of a column of lists are never equal.

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +14,13 @@ from recsys.artifact import MANIFEST, read_manifest
 from recsys.errors import ArtifactError, MissingDependencyError, UnavailableError
 
 _URI = re.compile(r"^models:/(?P<name>[^/@]+)(?:@(?P<alias>[^/@]+)|/(?P<version>[0-9]+))$")
+_QUIET = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "DO_NOT_TRACK": "true",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+}
+_STORES = ("runs/mlflow.db", "mlflow.db")
+"""SQLite files that are looked for, in this order, where no store is named."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +43,8 @@ def locate(location: str | Path, *, tracking_uri: str | None = None) -> Located:
 
     Args:
         location: its folder, ``models:/NAME@ALIAS`` or ``models:/NAME/VERSION``.
-        tracking_uri: of the MLflow store; MLflow's own choice (``MLFLOW_TRACKING_URI``) if not given.
+        tracking_uri: of the MLflow store; if not given the one that ``MLFLOW_TRACKING_URI`` names, else
+            ``runs/mlflow.db`` or ``mlflow.db`` in the working directory.
 
     Raises:
         ArtifactError: there is no artifact, or the location is none of these forms.
@@ -50,40 +61,62 @@ def locate(location: str | Path, *, tracking_uri: str | None = None) -> Located:
             f"artifact must be a folder, models:/NAME@ALIAS or models:/NAME/VERSION, got {text!r}",
             hint="for example models:/din@champion",
         )
-    return _registered(match["name"], match["alias"], match["version"], tracking_uri)
+    return _registered(text, match, _store(tracking_uri))
 
 
-def _registered(name: str, alias: str | None, version: str | None, tracking_uri: str | None) -> Located:
-    try:
-        from mlflow.artifacts import download_artifacts
-        from mlflow.exceptions import MlflowException
-        from mlflow.tracking import MlflowClient
-    except ImportError as err:
-        raise MissingDependencyError("models:/ needs mlflow", hint="pip install mlflow") from err
-    wanted = f"{name}@{alias}" if alias else f"{name}/{version}"
-    try:
-        client = MlflowClient(tracking_uri=tracking_uri, registry_uri=tracking_uri)
-        found: Any = (
-            client.get_model_version_by_alias(name, alias) if alias else client.get_model_version(name, version)
-        )
-        model = Path(
-            download_artifacts(
-                artifact_uri=f"models:/{name}/{found.version}", tracking_uri=tracking_uri, registry_uri=tracking_uri
-            )
-        )
-    except MlflowException as err:
-        raise UnavailableError(
-            f"models:/{wanted} cannot be had from MLflow: {str(err).splitlines()[0]}",
-            hint="give the store's address with --tracking-uri or MLFLOW_TRACKING_URI, and check name and alias",
-        ) from err
-    except OSError as err:
-        raise UnavailableError(f"models:/{wanted} cannot be downloaded: {err}") from err
-    folders = sorted(
-        p.parent for p in model.rglob(MANIFEST) if p.parent.name != "features" and (p.parent / "tables").is_dir()
-    )
-    if not folders:
+def _store(tracking_uri: str | None) -> str:
+    named = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
+    if named is None:
+        named = next((f"sqlite:///{Path(p).absolute().as_posix()}" for p in _STORES if Path(p).is_file()), None)
+    hint = "name the MLflow store with --tracking-uri or MLFLOW_TRACKING_URI"
+    if named is None:
+        raise UnavailableError("models:/ needs an MLflow store, found none", hint=hint)
+    if named.startswith("sqlite:///") and not Path(named.removeprefix("sqlite:///")).is_file():
+        # MLflow would make an empty one.
+        raise UnavailableError(f"{named} must be an MLflow store, got no such file", hint=hint)
+    return named
+
+
+def _registered(uri: str, match: re.Match[str], store: str) -> Located:
+    name, alias = match["name"], match["alias"]
+    with _quiet():
+        try:
+            from mlflow.artifacts import download_artifacts
+            from mlflow.exceptions import MlflowException
+            from mlflow.tracking import MlflowClient
+        except ImportError as err:
+            raise MissingDependencyError("models:/ needs the package mlflow", hint="install it") from err
+        try:
+            client = MlflowClient(tracking_uri=store, registry_uri=store)
+            version: Any = match["version"]
+            if alias is not None:
+                version = client.get_model_version_by_alias(name, alias).version
+            source = client.get_model_version_download_uri(name, str(version))
+            # Files on this machine are used where they lie.
+            folder = Path(download_artifacts(artifact_uri=source, tracking_uri=store))
+        except (MlflowException, OSError) as err:
+            raise UnavailableError(
+                f"{uri} cannot be had from MLflow: {str(err).splitlines()[0]}",
+                hint="check name and alias, and the store: --tracking-uri or MLFLOW_TRACKING_URI",
+            ) from err
+    found = sorted(p.parent for p in folder.rglob(MANIFEST) if (p.parent / "tables").is_dir())
+    if not found:
         raise ArtifactError(
-            f"models:/{wanted} must hold an artifact, got none",
-            hint="register one with `recsys export RUN --register NAME`",
+            f"{uri} must hold an artifact, got none", hint="register one with `recsys export --register`"
         )
-    return Located(folders[0], name, str(found.version))
+    return Located(found[0], name, str(version))
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps MLflow from calling home and from drawing progress bars."""
+    before = {name: os.environ.get(name) for name in _QUIET}
+    os.environ.update(_QUIET)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value

@@ -1,19 +1,20 @@
 """An artifact as an MLflow model: data frame in, probabilities out, for MLflow's own tools.
 
-The frame has the columns that :mod:`serving.frames` describes; only the user's and the item's are needed. The answer has one
-column a task, rows in the order of the frame.
+The frame has the columns that :mod:`serving.frames` describes; only the user's and the item's are needed. The answer
+has one column a task, rows in the order of the frame.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-import mlflow.pyfunc
 import pandas as pd
 import pyarrow as pa
 from mlflow.models import ModelSignature
+from mlflow.pyfunc.model import PythonModel
 from mlflow.types import ColSpec, DataType
 from mlflow.types import Schema as Columns
 from mlflow.types.schema import AnyType
@@ -28,19 +29,18 @@ from serving.scorer import Scorer
 ARTIFACT = "artifact"
 """Name of the artifact's folder among the MLflow model's artifacts."""
 
+ENTRY = Path(__file__).with_name("mlflow_model.py")
+"""What MLflow is given as ``python_model``."""
+
 REQUIREMENTS = ("torch", "pyarrow", "numpy", "pandas", "pydantic", "pyyaml", "orjson", "mlflow")
 """Packages that scoring needs beside this project."""
 
 
-class RankingPyfunc(mlflow.pyfunc.PythonModel):  # type: ignore[misc,name-defined]
+class RankingPyfunc(PythonModel):
     """Scores data frames with an artifact."""
 
     def __init__(self) -> None:
         self._scorer: Scorer | None = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Nothing is pickled: the artifact is loaded where the model is."""
-        return {"_scorer": None}
 
     def load_context(self, context: Any) -> None:
         """Loads the artifact and replays its recorded rows.

@@ -130,10 +130,11 @@ class RequestParser:
                 raise RequestError(f"body must be JSON: {err.msg} at line {err.lineno} column {err.colno}") from err
             if not isinstance(body, dict):
                 raise RequestError(f"body must be a JSON object, got {_kind(body)}")
-        problems: list[str] = []
-        for name in body:
-            if name not in self._FIELDS:
-                problems.append(f"{_shown(name)} is not a known field, {nearest(str(name)[:50], self._FIELDS)}")
+        problems = [
+            f"{_shown(name)} is not a known field, {nearest(str(name)[:50], self._FIELDS)}"
+            for name in body
+            if name not in self._FIELDS
+        ]
         keys, values = self._candidates(body, problems)
         now = clock.time_ns() // 1000
         request = RankRequest(
@@ -167,7 +168,7 @@ class RequestParser:
             problems.append(f"candidates must be at most {self.max_candidates}, got {len(given)}")
             return [], None
         kinds = set(map(type, given))
-        if kinds == {str} or (kinds == {int} and -_INT64 <= min(given) and max(given) < _INT64):
+        if kinds == {str} or (kinds == {int} and min(given) >= -_INT64 and max(given) < _INT64):
             return given, None
         keys: list[Key] = []
         values: list[Mapping[str, Any] | None] = []

@@ -1,20 +1,21 @@
 """The ranking service: a raw ASGI application on uvicorn.
 
-======  =========  ===================================================================================================
+======  =========  ================================================================================================
 method  path       answer
-======  =========  ===================================================================================================
+======  =========  ================================================================================================
 POST    /rank      the candidates of a request, best first (:mod:`serving.request` says what a request is)
 GET     /health    200 while the process runs
 GET     /ready     200 once the model is loaded and its recorded rows gave their recorded logits, else 503
 GET     /          what is served, and the paths
-======  =========  ===================================================================================================
+======  =========  ================================================================================================
 
-There is no framework between uvicorn and a request: one costs more than the whole of parsing and encoding it. Scoring runs in
-a pool of threads with one torch thread each, since requests are the better thing to run side by side. What cannot be answered
-soon is refused at once with 503.
+There is no framework between uvicorn and a request: one costs more than the whole of parsing and encoding it. Scoring
+runs in a pool of threads with one torch thread each, since requests are the better thing to run side by side. What
+cannot be answered soon is refused at once with 503.
 
-Errors are ``{"error": {"type", "message", "hint"}}``: 404 no such path, 405 method, 413 body too large, 415 not JSON, 422 the
-request breaks a rule, 503 not ready or overloaded, 500 our mistake (in full in the log, by number in the answer).
+Errors are ``{"error": {"type", "message", "hint"}}``: 404 no such path, 405 method, 413 body too large, 415 not JSON,
+422 the request breaks a rule, 503 not ready or overloaded, 500 our mistake (in full in the log, by number in the
+answer).
 """
 
 from __future__ import annotations
@@ -322,7 +323,7 @@ def example_request(scorer: Scorer) -> dict[str, Any]:
     return {"user_id": users[0] if users else 1, "candidates": items or [1, 2, 3]}
 
 
-# --- The process ----------------------------------------------------------------------------------------------------------
+# The process
 
 
 def serve(config: ServiceConfig, *, announce: Callable[[str], None] | None = None) -> None:

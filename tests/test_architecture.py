@@ -80,6 +80,7 @@ RULES = {
     "serving.service": rule(f"{SCORED} serving", f"{SERVING} uvicorn uvloop httptools starlette"),
     "serving.loader": rule(f"{SCORED} serving", f"{SERVING} mlflow"),
     "serving.pyfunc": rule(f"{SCORED} serving", f"{SERVING} mlflow pandas"),
+    "serving.mlflow_model": rule("serving.pyfunc", "mlflow"),
     "serving.batch": rule(f"{SCORED} serving", f"{SERVING} ray rich"),
     "serving.deployment": rule(f"{SCORED} serving", f"{SERVING} ray starlette"),
     # A reference is written from the formula, never from the code that it is there to check.

@@ -1,8 +1,8 @@
 """A trained model becomes an artifact: tables, programs, recorded rows, encoder, snapshot.
 
-The network is exported twice by ``torch.export``: for any number of requests, and for a single one. Where a C++ compiler is
-at hand the second is also compiled ahead of time (AOTInductor): it is what a service runs, and a fifth of the time. The first
-is not: it would take as long again to compile, and batch scoring gains little by it.
+The network is exported twice by ``torch.export``: for any number of requests, and for a single one. Where a C++
+compiler is at hand the second is also compiled ahead of time (AOTInductor): it is what a service runs, and a fifth of
+the time. The first is not: it would take as long again to compile, and batch scoring gains little by it.
 
 The artifact is opened and its recorded rows are replayed before it is given its name.
 """
@@ -76,8 +76,8 @@ class FlatNetwork(nn.Module):
     """A network that takes a flat list of tensors, as programs do.
 
     Args:
-        network: takes :class:`~recsys.embedded.Embedded`; where it has a ``single_request`` form, that is what the program of
-            a single request is.
+        network: takes :class:`~recsys.embedded.Embedded`; where it has a ``single_request`` form, that is what the
+            program of a single request is.
         schema: what the features are.
         form: of any number of requests, or of one.
     """
@@ -114,10 +114,10 @@ def export_artifact(
         training_set: what it was trained on: encoder, recorded rows and snapshot come from there.
         out: the artifact's folder; an artifact that is there is replaced.
         name: of the model.
-        compile: whether to compile the program of single requests; ``auto``: where a C++ compiler is at hand, and an export
-            whose compilation fails goes on without.
-        snapshot: what to take along of the training set's entities: ``items`` for the candidates' features, ``all`` for users
-            and event logs too, so that a request needs no more than keys.
+        compile: whether to compile the program of single requests; ``auto``: where a C++ compiler is at hand, and an
+            export whose compilation fails goes on without.
+        snapshot: what to take along of the training set's entities: ``items`` for the candidates' features, ``all``
+            for users and event logs too, so that a request needs no more than keys.
         model_config: recorded in the manifest.
         facts: plain JSON recorded in the manifest, such as metrics and the run.
         stage: called with the name of each stage as it begins.
@@ -212,13 +212,14 @@ def _copy_snapshot(training_set: TrainingSet, folder: Path, snapshot: Snapshot) 
     write_json(folder / "manifest.json", {"encoder_fingerprint": training_set.encoder.fingerprint})
 
 
-# --- Recorded rows --------------------------------------------------------------------------------------------------------
+# Recorded rows
 
 
 def recorded_batches(training_set: TrainingSet, *, num_requests: int = 6, max_rows: int = 200) -> dict[str, Batch]:
     """Batches that try the programs at their edges.
 
-    Several requests of the newest period, the longest histories among them; the same without what is known of them; and single
+    Several requests of the newest period, the longest histories among them; the same without what is known of them;
+    and single
     requests: one of several candidates, one of one candidate, one without any history.
     """
     splits = [s for s in ("test", "validation", "train") if training_set.split(s).num_requests >= 2]
@@ -282,7 +283,7 @@ def _unknown(batch: Batch) -> Batch:
     )
 
 
-# --- Programs -------------------------------------------------------------------------------------------------------------
+# Programs
 
 
 def _export(network: nn.Module, schema: Schema, form: Form, embedding_dim: int) -> torch.export.ExportedProgram:
@@ -335,10 +336,12 @@ def _compiled(
     """Compiles a program ahead of time; returns its entry in the manifest, why there is none, and the seconds taken."""
     if compile is False:
         return None, "compilation was switched off", 0.0
-    if _compiler() is None:
+    compiler = _compiler()
+    if compiler is None:
         return None, "no C++ compiler was found", 0.0
     began = clock.perf_counter()
     options, features = _target(torch.cpu.get_capabilities())
+    options["cpp.cxx"] = (None, compiler)
     try:
         with quiet():
             torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=options)
@@ -369,9 +372,9 @@ def _compiler() -> str | None:
 def _target(capabilities: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
     """Compiler options, and the processor features that the result needs.
 
-    Where the processor allows it, the instruction set is x86-64-v3 rather than this machine's own: the program then runs on
-    any server of the last ten years, and is as fast, since most of its time goes into matrix products that choose their
-    instructions as they run.
+    Where the processor allows it, the instruction set is x86-64-v3 rather than this machine's own: the program then
+    runs on any server of the last ten years, and is as fast, since most of its time goes into matrix products that
+    choose their instructions as they run.
     """
     options: dict[str, Any] = {
         "compile_threads": 1,  # no pool of processes for two files

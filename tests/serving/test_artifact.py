@@ -167,8 +167,14 @@ def test_recorded_rows_that_are_none(copy: Path) -> None:
 
 
 def test_self_test_rows_come_back_as_they_were(tmp_path: Path) -> None:
-    batches = {"many": random_batch(5, seed=1), "single": random_batch(1, seed=2), "empty": random_batch(3, empty_history=True)}
-    logits = {name: np.random.default_rng(0).normal(size=(b.num_rows, 2)).astype(np.float32) for name, b in batches.items()}
+    batches = {
+        "many": random_batch(5, seed=1),
+        "single": random_batch(1, seed=2),
+        "empty": random_batch(3, empty_history=True),
+    }
+    logits = {
+        name: np.random.default_rng(0).normal(size=(b.num_rows, 2)).astype(np.float32) for name, b in batches.items()
+    }
     write_self_test(tmp_path / "rows.npz", batches, logits)
     lookup = Lookup(schema(), TABLE_SIZES, 4)
     for name, (batch, expected) in read_self_test(tmp_path / "rows.npz", schema()).items():
@@ -196,7 +202,12 @@ def test_flat_inputs_are_named_and_come_back() -> None:
 # What a compiled program needs
 
 
-ENTRY = {"torch": torch_version(), "machine": "x86_64", "cpu_features": list(X86_64_V3), "file": "network.single.aoti.pt2"}
+ENTRY = {
+    "torch": torch_version(),
+    "machine": "x86_64",
+    "cpu_features": list(X86_64_V3),
+    "file": "network.single.aoti.pt2",
+}
 
 
 def test_what_a_compiled_program_needs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -260,9 +271,14 @@ def test_an_unknown_task(world: World) -> None:
 
 def test_an_artifact_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     out = tmp_path / "artifact"
-    with pytest.raises(KeyboardInterrupt), ArtifactWriter(out) as writer:
-        writer.write_table("item", np.zeros((3, 2), np.float32))
-        raise KeyboardInterrupt
+
+    def interrupted() -> None:
+        with ArtifactWriter(out) as writer:
+            writer.write_table("item", np.zeros((3, 2), np.float32))
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
     assert list(tmp_path.iterdir()) == []
 
 

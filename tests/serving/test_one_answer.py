@@ -48,7 +48,8 @@ def test_scorer(world: World, scorer: Scorer, evaluated: np.ndarray) -> None:
 def test_scorer_one_request_at_a_time(world: World, scorer: Scorer, evaluated: np.ndarray) -> None:
     part = world.training_set.split(SPLIT)
     each = [
-        scorer.score(Batch.from_training_set(world.training_set, SPLIT, np.array([r]))) for r in range(part.num_requests)
+        scorer.score(Batch.from_training_set(world.training_set, SPLIT, np.array([r])))
+        for r in range(part.num_requests)
     ]
     np.testing.assert_allclose(np.concatenate(each), evaluated, atol=TOLERANCE, rtol=0)
 
@@ -57,7 +58,9 @@ def test_batch_scoring(world: World, scorer: Scorer, evaluated: np.ndarray, rows
     score_parquet(scorer, world.impressions, tmp_path / "scored.parquet", batch_size=17)
     scored = pl.read_parquet(tmp_path / "scored.parquet")
     assert scored.drop("score_click", "score_like").equals(pl.read_parquet(world.impressions))
-    np.testing.assert_allclose(scored.select("score_click", "score_like").to_numpy()[rows], evaluated, atol=TOLERANCE, rtol=0)
+    np.testing.assert_allclose(
+        scored.select("score_click", "score_like").to_numpy()[rows], evaluated, atol=TOLERANCE, rtol=0
+    )
 
 
 def http_scores(app: RankingApp, shown: pl.DataFrame) -> np.ndarray:
@@ -95,12 +98,12 @@ def test_mlflow_pyfunc(world: World, evaluated: np.ndarray, rows: np.ndarray, tm
         warnings.simplefilter("ignore")  # MLflow's own deprecations
         import mlflow.pyfunc
 
-        from serving.pyfunc import ARTIFACT, RankingPyfunc, input_example, signature
+        from serving.pyfunc import ARTIFACT, ENTRY, input_example, signature
 
         artifact = Scorer.load(world.artifact).artifact
         mlflow.pyfunc.save_model(
             str(tmp_path / "model"),
-            python_model=RankingPyfunc(),
+            python_model=ENTRY,
             artifacts={ARTIFACT: str(world.artifact)},
             signature=signature(artifact),
             input_example=input_example(artifact),
@@ -127,6 +130,7 @@ def test_compiled_program(world: World, evaluated: np.ndarray, tmp_path: Path) -
     compiled = Scorer.load(tmp_path / "artifact", engine="compiled")
     part = world.training_set.split(SPLIT)
     each = [
-        compiled.score(Batch.from_training_set(world.training_set, SPLIT, np.array([r]))) for r in range(part.num_requests)
+        compiled.score(Batch.from_training_set(world.training_set, SPLIT, np.array([r])))
+        for r in range(part.num_requests)
     ]
     np.testing.assert_allclose(np.concatenate(each), evaluated, atol=TOLERANCE, rtol=0)

@@ -84,7 +84,10 @@ def test_time_is_now_and_utc_where_it_does_not_say() -> None:
         ({"candidates": [1], "user": []}, "user must be an object, got a list"),
         ({"candidates": [1], "context": {"age": 1}}, "context.'age' is not a column that a feature reads"),
         ({"candidates": [1], "histories": {"clicks": []}}, "histories.'clicks' is not a history of the model"),
-        ({"candidates": [1], "histories": {"seen": [1, 2, 3, 4, 5]}}, "histories.'seen' must have at most 4 events, got 5"),
+        (
+            {"candidates": [1], "histories": {"seen": [1, 2, 3, 4, 5]}},
+            "histories.'seen' must have at most 4 events, got 5",
+        ),
         (
             {"candidates": [1], "histories": {"seen": [{"item_id": 1, "time": 5}, {"item_id": 2}]}},
             "histories.'seen' must give the time of every event, or of none",
@@ -124,13 +127,27 @@ def test_messages_do_not_repeat_values() -> None:
 @given(
     st.recursive(
         st.none() | st.booleans() | st.integers(-(2**64), 2**64) | st.floats(allow_nan=False) | st.text(max_size=8),
-        lambda inner: st.lists(inner, max_size=4)
-        | st.dictionaries(
-            st.sampled_from(
-                ["user_id", "candidates", "time", "context", "user", "histories", "clicked", "item_id", "age", "task", "dwell"]
-            ),
-            inner,
-            max_size=6,
+        lambda inner: (
+            st.lists(inner, max_size=4)
+            | st.dictionaries(
+                st.sampled_from(
+                    [
+                        "user_id",
+                        "candidates",
+                        "time",
+                        "context",
+                        "user",
+                        "histories",
+                        "clicked",
+                        "item_id",
+                        "age",
+                        "task",
+                        "dwell",
+                    ]
+                ),
+                inner,
+                max_size=6,
+            )
         ),
         max_leaves=20,
     )

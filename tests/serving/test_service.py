@@ -1,0 +1,390 @@
+"""The service: answers, refusals, and the process around them."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import orjson
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from recsys.errors import UnavailableError
+from serving.scorer import Scorer
+from serving.service import Model, RankingApp, ServiceConfig, serve
+from tests.serving.asgi import ask
+from tests.serving.conftest import World
+
+ITEM = 2**53 + 1
+BODY = {"user_id": 1000, "candidates": [ITEM, ITEM + 1, ITEM + 2, 5], "time": 1_700_900_000_000_000}
+
+
+@pytest.fixture(scope="module")
+def config(world: World) -> ServiceConfig:
+    return ServiceConfig(artifact=str(world.artifact), threads=2, max_candidates=50, max_body_mib=0.01)
+
+
+@pytest.fixture(scope="module")
+def model(config: ServiceConfig) -> Model:
+    return Model.load(config)
+
+
+@pytest.fixture(scope="module")
+def app(config: ServiceConfig, model: Model) -> RankingApp:
+    return RankingApp(config, model)
+
+
+def call(app: RankingApp, method: str, path: str, body: Any = None, **options: Any) -> tuple[int, Any]:
+    return asyncio.run(ask(app, method, path, body, **options))
+
+
+# Answers
+
+
+def test_a_ranked_answer(app: RankingApp, scorer: Scorer) -> None:
+    status, reply = call(app, "POST", "/rank", {**BODY, "request_id": "a1", "task": "like"})
+    assert status == 200
+    ranking = scorer.rank({**BODY, "task": "like"})
+    assert [c["item"] for c in reply["ranked"]] == ranking.items
+    np.testing.assert_array_equal([c["score"] for c in reply["ranked"]], ranking.scores)
+    assert [c["scores"]["like"] for c in reply["ranked"]] == [c["score"] for c in reply["ranked"]]
+    assert (reply["request_id"], reply["task"]) == ("a1", "like")
+    assert (reply["unknown_user"], reply["unknown_candidates"], reply["ignored_events"]) == (False, 1, 0)
+    assert reply["model"]["name"] == "tiny"
+    assert reply["timing_ms"]["score"] > 0
+
+
+def test_equal_scores_keep_the_order_of_the_request(app: RankingApp) -> None:
+    candidates = [5, ITEM, 6, ITEM, 7, 5]
+    _, reply = call(app, "POST", "/rank", {**BODY, "candidates": candidates})
+    unknown = [c["item"] for c in reply["ranked"] if c["item"] in (5, 6, 7)]
+    assert unknown == [5, 6, 7, 5]
+    assert len(reply["ranked"]) == 6
+
+
+def test_paths(app: RankingApp) -> None:
+    assert call(app, "GET", "/health") == (200, {"status": "ok"})
+    status, ready = call(app, "GET", "/ready")
+    assert (status, ready["status"], ready["engine"]) == (200, "ready", "portable")
+    assert ready["self_test_max_error"] <= 1e-5
+    status, index = call(app, "GET", "/")
+    assert status == 200
+    assert index["paths"]["/rank"] == "POST"
+    assert call(app, "POST", "/rank", index["example"])[0] == 200
+    assert call(app, "HEAD", "/health") == (200, None)
+
+
+# Refusals
+
+
+def test_statuses(app: RankingApp) -> None:
+    assert call(app, "GET", "/nothing")[0] == 404
+    assert call(app, "GET", "/rank")[0] == 405
+    assert call(app, "POST", "/ready")[0] == 405
+    assert call(app, "POST", "/rank", BODY, headers=[(b"content-type", b"text/csv")])[0] == 415
+    assert call(app, "POST", "/rank", BODY, headers=[(b"content-type", b"application/json; charset=utf-8")])[0] == 200
+    assert call(app, "POST", "/rank", BODY, headers=[])[0] == 200
+    status, reply = call(app, "POST", "/rank", {"candidates": list(range(51))})
+    assert (status, reply["error"]["type"]) == (422, "RequestError")
+    assert reply["error"]["message"] == "candidates must be at most 50, got 51"
+    assert call(app, "POST", "/rank", b"{")[0] == 422
+    assert call(app, "POST", "/rank", {**BODY, "user_id": "text"})[0] == 422
+
+
+def test_a_body_that_is_too_large(app: RankingApp) -> None:
+    declared = [(b"content-type", b"application/json"), (b"content-length", b"99999999999")]
+    assert call(app, "POST", "/rank", b"{}", headers=declared)[0] == 413
+    pieces = [b" " * 4000] * 1000
+    status, reply = call(app, "POST", "/rank", chunks=pieces)
+    assert status == 413
+    assert reply["error"]["message"] == "the body must be at most 0.01 MiB"
+
+
+def test_a_body_in_pieces(app: RankingApp) -> None:
+    raw = orjson.dumps(BODY)
+    pieces = [raw[i : i + 7] for i in range(0, len(raw), 7)]
+    assert call(app, "POST", "/rank", chunks=pieces)[0] == 200
+
+
+def test_a_caller_that_goes_away_gets_nothing(app: RankingApp) -> None:
+    assert call(app, "POST", "/rank", chunks=[]) == (0, None)
+
+
+def test_before_the_model_is_loaded(config: ServiceConfig) -> None:
+    app = RankingApp(config)
+    assert call(app, "GET", "/health")[0] == 200
+    assert call(app, "GET", "/")[0] == 200
+    for method, path in (("GET", "/ready"), ("POST", "/rank")):
+        status, reply = call(app, method, path, BODY)
+        assert (status, reply["error"]["type"]) == (503, "UnavailableError")
+
+
+def test_our_mistakes_are_numbered_and_not_shown(
+    config: ServiceConfig, model: Model, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(*_: object) -> None:
+        raise ZeroDivisionError("secret")
+
+    monkeypatch.setattr(model.scorer, "rank", broken)
+    status, reply = call(RankingApp(config, model), "POST", "/rank", BODY)
+    assert (status, reply["error"]["type"]) == (500, "InternalError")
+    assert "secret" not in orjson.dumps(reply).decode()
+    number = re.search(r"under ([0-9a-f]{12})", reply["error"]["message"])
+    assert number is not None
+    assert number[1] in caplog.text
+    assert "ZeroDivisionError" in caplog.text
+
+
+def test_too_many_at_once_are_refused(config: ServiceConfig, model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    release = threading.Event()
+    original = model.rank
+
+    def slow(self: Model, body: bytes, received: float) -> bytes:
+        release.wait(30)
+        return original(body, received)
+
+    monkeypatch.setattr(Model, "rank", slow)
+    app = RankingApp(config.model_copy(update={"threads": 1, "max_waiting": 2}), model)
+
+    async def crowd() -> list[int]:
+        asked = [asyncio.create_task(ask(app, "POST", "/rank", BODY)) for _ in range(5)]
+        await asyncio.wait(asked[3:])  # three have a thread or may wait for one
+        assert [t.result()[0] for t in asked if t.done()] == [503, 503]
+        assert (await ask(app, "GET", "/health"))[0] == 200, "the loop must not be blocked"
+        release.set()
+        return [(await t)[0] for t in asked]
+
+    assert sorted(asyncio.run(crowd())) == [200, 200, 200, 503, 503]
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**64), 2**64 - 1) | st.floats(allow_nan=False) | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=6,
+)
+KEYS = st.sampled_from([ITEM, ITEM + 1, 5, -1, 2**63 - 1])
+TIMES = st.sampled_from(["2023-11-20", "2024-01-01T10:00:00+05:30", 1_700_500_000_000_000, 1])
+NUMBERS = st.integers(-5, 5) | st.floats(-1e300, 1e300) | st.none()
+WORDS = st.sampled_from(["c1", "s1", "t1,t2,,", "", "never seen"]) | st.none()
+ROWS = st.fixed_dictionaries(
+    {"item_id": KEYS},
+    optional={"price": NUMBERS, "tags": WORDS, "category": WORDS, "source": WORDS},
+)
+EVENTS = st.fixed_dictionaries(
+    {"item_id": KEYS, "time": TIMES}, optional={"dwell": NUMBERS, "category": WORDS, "tags": WORDS}
+)
+GOOD = st.fixed_dictionaries(
+    {"candidates": st.lists(KEYS | ROWS, min_size=1, max_size=5)},
+    optional={
+        "user_id": st.sampled_from([1000, 1003, 7, None]),
+        "time": TIMES,
+        "user": st.fixed_dictionaries({}, optional={"age": NUMBERS, "interests": st.lists(WORDS, max_size=3)}),
+        "context": st.fixed_dictionaries({}, optional={"time": TIMES}),
+        "histories": st.fixed_dictionaries(
+            {},
+            optional={
+                "clicked": st.lists(EVENTS, max_size=12),
+                "seen": st.lists(st.fixed_dictionaries({"item_id": KEYS, "time": TIMES}), max_size=9)
+                | st.lists(KEYS, max_size=9),
+            },
+        ),
+        "task": st.sampled_from(["click", "like", None]),
+    },
+)
+
+
+@given(GOOD)
+def test_every_good_request_is_answered(app: RankingApp, body: dict[str, Any]) -> None:
+    status, reply = call(app, "POST", "/rank", json.dumps(body).encode())
+    assert status == 200, reply
+    keys = [c["item_id"] if isinstance(c, dict) else c for c in body["candidates"]]
+    assert sorted(c["item"] for c in reply["ranked"]) == sorted(keys)
+    assert all(0.0 <= c["score"] <= 1.0 for c in reply["ranked"])
+
+
+@given(GOOD, st.data())
+def test_no_request_is_our_mistake(app: RankingApp, body: dict[str, Any], data: st.DataObject) -> None:
+    """A good request with something put anywhere in it."""
+    text = json.dumps(body)
+    places: list[tuple[Any, Any]] = []
+
+    def walk(node: Any) -> None:
+        for key in node if isinstance(node, dict) else range(len(node)) if isinstance(node, list) else ():
+            places.append((node, key))
+            walk(node[key])
+
+    changed = json.loads(text)
+    walk(changed)
+    for _ in range(data.draw(st.integers(1, 2))):
+        node, key = data.draw(st.sampled_from(places))
+        node[key] = data.draw(JSON | KEYS | WORDS | TIMES)
+    status, reply = call(app, "POST", "/rank", json.dumps(changed).encode())
+    assert status in (200, 422), reply
+    if status == 422:
+        assert reply["error"]["message"]
+
+
+# The process
+
+
+COMMAND = """
+import sys
+from serving.service import ServiceConfig, serve
+serve(ServiceConfig(artifact=sys.argv[1], port=int(sys.argv[2]), threads=2))
+"""
+
+
+class Process:
+    """``serve`` in a process of its own."""
+
+    def __init__(self, artifact: Path, port: int = 0) -> None:
+        root = Path(__file__).resolve().parents[2]
+        self.process = subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-c", COMMAND, str(artifact), str(port)],
+            cwd=root,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONPATH": str(root)},
+        )
+        assert self.process.stdout is not None
+        self.first_line = self.process.stdout.readline()
+        match = re.search(r"http://\S+:(\d+)", self.first_line)
+        self.url = match[0] if match else ""
+
+    def end(self, number: int = signal.SIGTERM) -> tuple[int, str, str]:
+        self.process.send_signal(number)
+        out, err = self.process.communicate(timeout=60)
+        return self.process.returncode, out, err
+
+
+@pytest.fixture(scope="module")
+def running(world: World) -> Iterator[Process]:
+    process = Process(world.artifact)
+    yield process
+    if process.process.poll() is None:
+        process.process.kill()
+        process.process.communicate()
+
+
+def test_over_a_socket(running: Process, scorer: Scorer) -> None:
+    assert "Serving tiny (portable" in running.first_line
+    with httpx.Client(base_url=running.url, timeout=30) as client:
+        assert client.get("/ready").json()["status"] == "ready"
+        reply = client.post("/rank", json=BODY)
+        assert reply.status_code == 200
+        assert reply.headers["content-type"] == "application/json"
+        ranking = scorer.rank(BODY)
+        assert [c["item"] for c in reply.json()["ranked"]] == ranking.items
+        np.testing.assert_allclose([c["score"] for c in reply.json()["ranked"]], ranking.scores, atol=1e-9, rtol=0)
+        assert client.get("/health").status_code == 200
+        assert client.get("/rank").status_code == 405
+        assert client.get("/rank").headers["allow"] == "POST"
+        assert client.get("/nothing").status_code == 404
+        assert (
+            client.post("/rank", content=b"x" * (5 * 2**20), headers={"content-type": "application/json"}).status_code
+            == 413
+        )
+        assert client.post("/rank", content=b"{", headers={"content-type": "application/json"}).status_code == 422
+        assert client.post("/rank", json=BODY).status_code == 200
+
+
+def test_many_callers_at_once_get_their_own_answers(running: Process, scorer: Scorer) -> None:
+    bodies = [
+        {**BODY, "user_id": 1000 + i % 20, "request_id": i, "candidates": [ITEM + i % 7, ITEM + 9]} for i in range(60)
+    ]
+    with httpx.Client(base_url=running.url, timeout=60) as client, ThreadPoolExecutor(8) as pool:
+        replies = list(pool.map(lambda body: client.post("/rank", json=body), bodies))
+    for body, reply in zip(bodies, replies, strict=True):
+        assert reply.status_code == 200
+        assert reply.json()["request_id"] == body["request_id"]
+        expected = scorer.rank(body)
+        assert [c["item"] for c in reply.json()["ranked"]] == expected.items
+        np.testing.assert_allclose([c["score"] for c in reply.json()["ranked"]], expected.scores, atol=1e-9, rtol=0)
+
+
+def test_the_printed_example_works(running: Process) -> None:
+    assert running.process.stdout is not None
+    command = running.process.stdout.readline().strip()
+    reply = subprocess.run(["sh", "-c", command], capture_output=True, check=False, timeout=60)
+    if reply.returncode == 127:
+        pytest.skip("there is no curl here")
+    assert "ranked" in orjson.loads(reply.stdout)
+
+
+def test_a_port_that_is_taken(running: Process, world: World) -> None:
+    port = int(running.url.rsplit(":", 1)[1])
+    with pytest.raises(UnavailableError, match=rf"port {port} of 127\.0\.0\.1 must be free"):
+        serve(ServiceConfig(artifact=str(world.artifact), port=port))
+
+
+def test_an_address_of_another_machine(world: World) -> None:
+    with pytest.raises(UnavailableError, match="must be"):
+        serve(ServiceConfig(artifact=str(world.artifact), host="192.0.2.1", port=0))
+
+
+def test_told_to_stop_it_answers_what_is_under_way_and_ends_well(world: World) -> None:
+    process = Process(world.artifact)
+    statuses: list[int] = []
+    closed: list[str] = []
+    stop = threading.Event()
+
+    def ask_on() -> None:
+        with httpx.Client(base_url=process.url, timeout=30) as client:
+            while not stop.is_set():
+                try:
+                    reply = client.post("/rank", json={**BODY, "candidates": [ITEM] * 2000})
+                except httpx.ConnectError:
+                    return  # it no longer listens
+                except httpx.RemoteProtocolError as err:
+                    closed.append(str(err))
+                    return
+                statuses.append(reply.status_code)
+
+    threads = [threading.Thread(target=ask_on) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    deadline = time.monotonic() + 30
+    while len(statuses) < 5 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    status, _, err = process.end()
+    stop.set()
+    for thread in threads:
+        thread.join(30)
+    assert status == 0
+    assert err == ""
+    assert set(statuses) == {200}
+    # A kept-alive connection that was closed between two requests: nothing was under way on it.
+    assert all("without sending a response" in message for message in closed)
+
+
+def test_an_artifact_that_cannot_be_used_ends_the_process(tmp_path: Path) -> None:
+    process = Process(tmp_path)
+    out, err = process.process.communicate(timeout=60)
+    assert process.process.returncode == 1
+    assert "ArtifactError" in err
+    assert "Serving" not in process.first_line + out
+
+
+def test_nothing_is_left_listening(world: World) -> None:
+    process = Process(world.artifact)
+    port = int(process.url.rsplit(":", 1)[1])
+    assert process.end(signal.SIGINT)[0] == 0
+    with socket.socket() as probe:
+        probe.settimeout(1)
+        assert probe.connect_ex(("127.0.0.1", port)) != 0
