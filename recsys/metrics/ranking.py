@@ -52,10 +52,15 @@ def auc(labels: ArrayLike, scores: ArrayLike, weights: ArrayLike | None = None) 
     weight = ordered("weights", weights, length=len(present)).astype(np.float64)[present][order]
     if not (np.isfinite(weight).all() and (weight >= 0).all()):
         raise DataError("weights must be finite and at least 0")
+    # As shares of each class, so that products of tiny or huge weights neither vanish nor overflow.
+    total_positive, total_negative = weight[positive].sum(), weight[~positive].sum()
+    if total_positive == 0 or total_negative == 0:
+        return float("nan")
+    share = weight / np.where(positive, total_positive, total_negative)
     return float(
         _pair_ratio(
-            np.add.reduceat(np.where(positive, weight, 0.0), starts),
-            np.add.reduceat(np.where(positive, 0.0, weight), starts),
+            np.add.reduceat(np.where(positive, share, 0.0), starts),
+            np.add.reduceat(np.where(positive, 0.0, share), starts),
         )
     )
 

@@ -30,7 +30,7 @@ def test_auc_is_the_share_of_ordered_pairs(rows: list[tuple[float, int, int]]) -
     assert auc(labels, scores) == pytest.approx(reference.auc(labels, scores), abs=1e-12, nan_ok=True)
 
 
-@given(ROWS, st.lists(st.floats(0, 10), min_size=25, max_size=25))
+@given(ROWS, st.lists(st.just(0.0) | st.floats(1e-3, 10), min_size=25, max_size=25))
 def test_weighted_auc_is_the_weighted_share_of_ordered_pairs(
     rows: list[tuple[float, int, int]], weights: list[float]
 ) -> None:
@@ -45,6 +45,11 @@ def test_a_whole_weight_is_a_row_repeated(rows: list[tuple[float, int, int]], fi
     weights = np.array([first_weight, *[1] * (len(rows) - 1)])
     repeated = auc(np.repeat(labels, weights), np.repeat(scores, weights))
     assert auc(labels, scores, weights) == pytest.approx(repeated, abs=1e-12, nan_ok=True)
+
+
+@pytest.mark.parametrize("scale", [1e-300, 1e300])
+def test_tiny_and_huge_weights_count(scale: float) -> None:
+    assert auc([1, 0, 1, 0], [3, 2, 1, 0], [scale, scale, scale, 3 * scale]) == pytest.approx((4 + 3) / 8, rel=1e-15)
 
 
 @given(ROWS)
@@ -72,7 +77,8 @@ def test_gauc_is_the_mean_of_each_groups_auc(rows: list[tuple[float, int, int]])
 @given(ROWS)
 def test_gauc_of_one_group_is_auc(rows: list[tuple[float, int, int]]) -> None:
     labels, scores, groups = columns(rows)
-    np.testing.assert_equal(gauc(labels, scores, np.full_like(groups, 2)).value, auc(labels, scores))
+    value = gauc(labels, scores, np.full_like(groups, 2)).value
+    assert value == pytest.approx(auc(labels, scores), rel=1e-15, abs=0, nan_ok=True)
 
 
 @given(ROWS)
