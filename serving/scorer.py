@@ -14,6 +14,7 @@ import numpy as np
 
 from recsys.artifact import Artifact
 from recsys.batch import Batch
+from recsys.errors import RequestError
 from recsys.predictor import Engine, Predictor
 from serving.assembler import Assembler
 from serving.features import FeatureSource, NoFeatures, SnapshotFeatures
@@ -111,6 +112,8 @@ class Scorer:
         position = self.artifact.task_position(checked.task)
         assembled = self.assembler.batch([checked])
         probabilities = self.score(assembled.batch)
+        if not np.isfinite(probabilities).all():
+            raise RequestError("raw values must be of the size that the model was trained on: a score is not a number")
         scores = probabilities[:, position]
         order = np.argsort(-scores, kind="stable")
         keys = checked.candidates

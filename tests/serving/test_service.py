@@ -24,6 +24,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from recsys.config import load_yaml, validate
 from recsys.errors import UnavailableError
 from serving.scorer import Scorer
 from serving.service import Model, RankingApp, ServiceConfig, serve
@@ -90,6 +91,21 @@ def test_paths(app: RankingApp) -> None:
 
 
 # Refusals
+
+
+def test_the_settings_that_come_with_the_project_are_valid() -> None:
+    files = sorted((Path(__file__).resolve().parents[2] / "configs" / "serving").glob("*.yaml"))
+    assert files
+    for file in files:
+        assert validate(ServiceConfig, load_yaml(file), source=str(file)).host == "127.0.0.1"
+
+
+def test_scores_that_are_no_numbers_are_refused(config: ServiceConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Model.load(config)
+    monkeypatch.setattr(model.scorer.predictor, "logits", lambda batch: np.full((batch.num_rows, 2), np.nan))
+    status, reply = call(RankingApp(config, model), "POST", "/rank", BODY)
+    assert status == 422
+    assert "a score is not a number" in reply["error"]["message"]
 
 
 def test_statuses(app: RankingApp) -> None:
