@@ -89,7 +89,7 @@ def columns_of_side(batch: Batch, side: str) -> Mapping[str, Column]:
     return batch.histories[side].features
 
 
-def assemble(schema: Schema, batch: Batch, vectors: Callable[[Use, Column], Tensor]) -> Embedded:
+def assemble(batch: Batch, vectors: Callable[[Use, Column], Tensor]) -> Embedded:
     """Builds :class:`Embedded` from looked-up vectors; dense features pass through.
 
     The trainer's tables and the scorer's memory-mapped ones both come through here.

@@ -1,12 +1,13 @@
 """From ids to vectors: the look-up half of every model.
 
-Tables live in TorchRec :class:`EmbeddingBagCollection` modules, so that a trainer can fuse the optimizer into their backward
-pass (FBGEMM) or shard them over ranks (``DistributedModelParallel``) without the model knowing. All ids that a batch looks
-up in one table, of candidates, requests and histories alike, go through **one** call as bags of one id (or of several, for a
-multi-valued feature): a table then gets one gradient a step, and FBGEMM's pooled kernels are several times faster on CPU
-than its unpooled ones.
+Tables live in TorchRec :class:`EmbeddingBagCollection` modules, so that a trainer can fuse the optimizer into their
+backward pass (FBGEMM) or shard them over ranks (``DistributedModelParallel``) without the model knowing. All ids that
+a batch looks up in one table, of candidates, requests and histories alike, go through **one** call as bags of one id
+(or of several, for a multi-valued feature): a table then gets one gradient a step, and FBGEMM's pooled kernels are
+several times faster on CPU than its unpooled ones.
 
-KeyedJaggedTensors stop here. What leaves is :class:`~recsys.embedded.Embedded`, plain tensors that ``torch.export`` takes.
+KeyedJaggedTensors stop here. What leaves is :class:`~recsys.embedded.Embedded`, plain tensors that ``torch.export``
+takes.
 
 Shapes: R requests, N candidates, S events of all requests, L longest history of the batch, D ``embedding_dim``.
 """
@@ -54,11 +55,11 @@ def size_of(column: Column) -> int:
 class Lookup(nn.Module):
     """Embeds the categorical features of a batch.
 
-    Tables with the same pattern of uses share one :class:`EmbeddingBagCollection`; the number of bags of such a group is the
-    same for each of its tables, as TorchRec requires. A set of ids is averaged; an empty set is zero.
+    Tables with the same pattern of uses share one :class:`EmbeddingBagCollection`; the number of bags of such a group
+    is the same for each of its tables, as TorchRec requires. A set of ids is averaged; an empty set is zero.
 
-    Initialisation: uniform in ``+-sqrt(1 / rows)``, bounded by ``init_bound``. The bound matters: TorchRec's own default,
-    ``+-sqrt(1 / rows)`` unbounded, starts a table of ten rows at 0.3.
+    Initialisation: uniform in ``+-sqrt(1 / rows)``, bounded by ``init_bound``. The bound matters: TorchRec's own
+    default, ``+-sqrt(1 / rows)`` unbounded, starts a table of ten rows at 0.3.
 
     Args:
         schema: what the data is.
@@ -76,7 +77,8 @@ class Lookup(nn.Module):
         self.init_bound = init_bound
         uses = uses_of_tables(schema)
         self._groups: list[list[str]] = []  # tables of each collection
-        # Tables of sets go apart: TorchRec's fused collection returns wrong vectors where one holds two kinds of pooling.
+        # Tables of sets go apart: TorchRec's fused collection returns wrong vectors where one holds two kinds of
+        # pooling.
         patterns: dict[tuple[bool, tuple[str, ...]], list[str]] = {}
         for table, places in uses.items():
             if places:
@@ -134,11 +136,10 @@ class Lookup(nn.Module):
                     ids, bag_sizes = ids_of(column)
                     values.append(ids)
                     lengths.append(bag_sizes)
-                if sum(sizes) == 0:  # nothing to look up, but TorchRec wants a bag, and ranks must go through it together
+                if sum(sizes) == 0:  # TorchRec wants a bag, and ranks must go through the look-up together
                     lengths.append(lengths[-1].new_zeros(1))
             keyed = KeyedJaggedTensor(keys=tables, values=torch.cat(values), lengths=torch.cat(lengths))
             pooled = collection(keyed).to_dict()
             for table in tables:
-                for use, part in zip(self._uses[table], pooled[table][: sum(sizes)].split(sizes), strict=True):
-                    vectors[use] = part
-        return assemble(self.schema, batch, lambda use, _: vectors[use])
+                vectors.update(zip(self._uses[table], pooled[table][: sum(sizes)].split(sizes), strict=True))
+        return assemble(batch, lambda use, _: vectors[use])

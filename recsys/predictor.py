@@ -133,7 +133,7 @@ class Predictor:
 
     def embed(self, batch: Batch) -> Embedded:
         """Looks up the batch's ids in the mapped tables; sets of ids are averaged, an empty set is zero."""
-        return assemble(self.artifact.schema, batch, self._vectors)
+        return assemble(batch, self._vectors)
 
     def _vectors(self, use: Use, column: Column) -> Tensor:
         table = self._table_of[use.feature]
