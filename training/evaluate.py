@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from recsys.metrics import Metrics, auc, evaluate_scores
+from recsys.metrics import Metrics, evaluate_scores
 from recsys.training_set import SOURCE_ROW, USER_ROW, TrainingSet, end_column, label_column, start_column
 from training.data import BatchLoader
 from training.strategy import SingleProcess, Strategy
@@ -127,62 +127,6 @@ def evaluate(predictions: Predictions) -> dict[str, Metrics]:
         logits, labels = predictions.task(task)
         results[task] = evaluate_scores(labels, logits=logits, groups=predictions.groups)
     return results
-
-
-@dataclass(frozen=True)
-class Slice:
-    """The rows of a range of history lengths.
-
-    Attributes:
-        shortest: history length of the range's first row.
-        longest: history length of its last.
-        num_rows: labelled rows.
-        num_positives: of them labelled 1.
-        auc: over them; NaN if there is one class only.
-    """
-
-    shortest: int
-    longest: int
-    num_rows: int
-    num_positives: int
-    auc: float
-
-    @property
-    def label(self) -> str:
-        """The range in words.
-
-        Example:
-            >>> Slice(shortest=5, longest=9, num_rows=10, num_positives=1, auc=0.7).label
-            '5–9'
-        """
-        return f"{self.shortest:,}" if self.shortest == self.longest else f"{self.shortest:,}–{self.longest:,}"
-
-
-def auc_by_history_length(predictions: Predictions, task: str, *, num_slices: int = 4) -> list[Slice]:
-    """AUC of one task in slices of about equally many rows by history length; equal lengths are never parted.
-
-    Fewer slices come back where lengths coincide, none where no row is labelled.
-    """
-    logits, labels = predictions.task(task)
-    present = ~np.isnan(labels)
-    logits, labels, lengths = logits[present], labels[present], predictions.history_length[present]
-    if len(lengths) == 0:
-        return []
-    inner = np.quantile(lengths, np.arange(1, num_slices) / num_slices, method="higher")
-    slice_of_row = np.searchsorted(np.unique(inner), lengths)
-    slices = []
-    for number in np.unique(slice_of_row):
-        chosen = slice_of_row == number
-        slices.append(
-            Slice(
-                shortest=int(lengths[chosen].min()),
-                longest=int(lengths[chosen].max()),
-                num_rows=int(chosen.sum()),
-                num_positives=int(labels[chosen].sum()),
-                auc=auc(labels[chosen], logits[chosen]),
-            )
-        )
-    return slices
 
 
 def plain(metrics: Mapping[str, Metrics]) -> dict[str, dict[str, Any]]:

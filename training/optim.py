@@ -155,7 +155,7 @@ def dense_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     embeddings: set[int] = set()
     for module in model.modules():
         if isinstance(module, EmbeddingBagCollection | FusedOptimizerModule):
-            embeddings.update(id(p) for p in module.parameters())  # type: ignore[union-attr]
+            embeddings.update(id(p) for p in module.parameters())
     return {name: p for name, p in model.named_parameters() if id(p) not in embeddings and p.requires_grad}
 
 
@@ -197,10 +197,10 @@ def _allocate_state(optimizer: KeyedOptimizer) -> None:
     """
     kept = [(group, group["lr"], group["weight_decay"]) for group in optimizer.param_groups]
     for group, *_ in kept:
-        group["lr"] = group["weight_decay"] = 0.0  # type: ignore[index]
+        group["lr"] = group["weight_decay"] = 0.0
     optimizer.init_state()
     for group, lr, weight_decay in kept:
-        group["lr"], group["weight_decay"] = lr, weight_decay  # type: ignore[index]
+        group["lr"], group["weight_decay"] = lr, weight_decay
     for state in optimizer.state.values():
         if "step" in state:
             state["step"].zero_()

@@ -14,7 +14,7 @@ import torch
 from recsys.config import fingerprint
 from recsys.metrics import Metrics
 from recsys.training_set import SPLITS, TrainingSet
-from training.evaluate import Predictions, auc_by_history_length, evaluate
+from training.evaluate import Predictions, evaluate
 from training.experiment import ExperimentConfig
 from training.report import (
     DataSummary,
@@ -22,6 +22,7 @@ from training.report import (
     ReportData,
     ScoreRow,
     TaskReport,
+    history_buckets,
     reliability_bins,
     write_report,
 )
@@ -69,7 +70,7 @@ def _task(predictions: Predictions, task: str, metrics: Metrics, others: Sequenc
         name=task,
         scores=(ScoreRow("this model", "model", metrics), *others),
         reliability=reliability_bins(labels, probabilities),
-        history=tuple(auc_by_history_length(predictions, task)),
+        history=history_buckets(predictions.history_length, labels, logits),
     )
 
 

@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from recsys.batch import Batch
-from recsys.metrics import auc, evaluate_scores
+from recsys.metrics import evaluate_scores
 from recsys.models import RankingModel, build_model
 from recsys.models.din import DINConfig
 from recsys.training_set import TrainingSet, label_column
 from tests.synthetic import schema
-from training.evaluate import Predictions, auc_by_history_length, evaluate, predict
+from training.evaluate import Predictions, evaluate, predict
 from training.strategy import SingleProcess
 
 
@@ -128,35 +128,3 @@ def test_strangers_are_not_one_user() -> None:
     metrics = evaluate(found)["click"]
     assert metrics.gauc_users == 1
     assert metrics.gauc == 0.0  # of user 5 alone
-
-
-def test_slices_by_history_length() -> None:
-    lengths = np.array([0, 0, 0, 0, 1, 2, 3, 3, 9, 9])
-    labels = np.array([1, 0, 1, np.nan, 1, 0, 0, 1, 1, 0])
-    logits = np.array([3, 1, 0, 9, 2, 5, 1, 4, 2, 1])
-    slices = auc_by_history_length(predictions(logits=logits, labels=labels, history_length=lengths), "click")
-    assert [(s.shortest, s.longest) for s in slices] == [(0, 0), (1, 2), (3, 3), (9, 9)]
-    assert [s.num_rows for s in slices] == [3, 2, 2, 2]
-    assert [s.auc for s in slices] == [0.5, 0.0, 1.0, 1.0]
-    assert sum(s.num_positives for s in slices) == 5
-
-
-def test_slices_cover_every_labelled_row_once() -> None:
-    generator = np.random.default_rng(0)
-    found = predictions(
-        logits=generator.normal(size=999),
-        labels=generator.integers(0, 2, 999),
-        history_length=generator.geometric(0.05, 999),
-    )
-    slices = auc_by_history_length(found, "click", num_slices=5)
-    assert len(slices) == 5
-    for one in slices:
-        chosen = (found.history_length >= one.shortest) & (found.history_length <= one.longest)
-        assert chosen.sum() == one.num_rows
-        assert one.auc == auc(found.labels[chosen, 0], found.logits[chosen, 0])
-        assert abs(one.num_rows - 200) < 60
-    assert sum(s.num_rows for s in slices) == 999
-
-
-def test_no_labels_make_no_slices() -> None:
-    assert auc_by_history_length(predictions(logits=[1.0], labels=[np.nan]), "click") == []
