@@ -40,7 +40,10 @@ progress() {
                 note="$count packages read"
                 if [ $((count % every)) -ne 0 ]; then continue; fi
                 ;;
-            Installing\ collected*) note="unpacking $count packages" ;;
+            Installing\ collected*)
+                if [ "$count" -eq 0 ]; then continue; fi
+                note="unpacking $count packages"
+                ;;
             *) continue ;;
         esac
         printf '%s%s%s' "$begin" "$note" "$end"
