@@ -24,6 +24,10 @@ from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizer, KeyedOptimiz
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
 from recsys.config import Config
+from recsys.errors import ConfigError
+
+_MOST_ROWS = 2**31 - 1
+"""TorchRec's fused collection hands ids to FBGEMM as int32."""
 
 
 class RowwiseAdagradConfig(Config):
@@ -131,6 +135,9 @@ def fuse_embeddings(
 
     Returns:
         The state of the fused optimizers, by table; its ``step`` updates nothing.
+
+    Raises:
+        ConfigError: a table has more rows than FBGEMM can count.
     """
     optimizer = embedding_optimizer(config)
     fused = []
@@ -140,6 +147,12 @@ def fuse_embeddings(
         tables = module.embedding_bag_configs()
         # TorchRec 1.8 concatenates pooled vectors by kind of pooling, but names them in table order.
         assert len({t.pooling for t in tables}) == 1, f"{path} must pool all its tables alike"
+        for table in tables:
+            if table.num_embeddings > _MOST_ROWS:  # it would wrap ids around without a word
+                raise ConfigError(
+                    f"table {table.name!r} must have at most {_MOST_ROWS:,} rows in one process, got {table.num_embeddings:,}",
+                    hint="use fewer hash buckets, or a vocabulary with max_size",
+                )
         replacement = FusedEmbeddingBagCollection(
             tables, optimizer_type=optimizer.cls, optimizer_kwargs=optimizer.kwargs, device=device
         )

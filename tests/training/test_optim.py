@@ -6,7 +6,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torchrec.modules.embedding_configs import EmbeddingBagConfig
+from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
+from recsys.errors import ConfigError
 from recsys.models import RankingModel, build_model
 from recsys.models.din import DINConfig
 from tests.synthetic import TABLE_SIZES, random_batch, schema
@@ -127,3 +130,10 @@ def test_state_allocated_ahead_takes_the_steps_of_a_fresh_optimizer(config: Any,
         optimizer.step()
         fresh.step()
         assert torch.equal(ours, theirs)
+
+
+def test_a_table_with_more_rows_than_fbgemm_can_count_is_refused() -> None:
+    table = EmbeddingBagConfig(name="huge", embedding_dim=4, num_embeddings=2**31, feature_names=["huge"])
+    holder = torch.nn.Sequential(EmbeddingBagCollection([table], device=torch.device("meta")))
+    with pytest.raises(ConfigError, match=r"table 'huge' must have at most 2,147,483,647 rows.*got 2,147,483,648"):
+        fuse_embeddings(holder, SGDConfig(), device=CPU)
