@@ -145,6 +145,9 @@ app.command()(bench.bench)
 
 def main() -> None:
     """Runs the command line; the console script ``recsys``."""
+    # OpenMP's threads spin while they wait for one another. On a core that something else wants, the others then wait for
+    # that something: training ran five to twenty times slower beside a busy process. Read when torch is loaded.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     app()
 
 
