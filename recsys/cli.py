@@ -33,8 +33,10 @@ CALM = {
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "RAY_USAGE_STATS_ENABLED": "0",
+    "OMP_WAIT_POLICY": "passive",
 }
-"""Set for every command unless set already: libraries draw no bars of their own and call nobody."""
+"""Set for every command unless set already: libraries draw no bars of their own and call nobody; and OpenMP's threads
+do not spin while they wait for one another, for beside a busy process that makes training many times slower."""
 
 
 class Commands(TyperGroup):
@@ -145,9 +147,6 @@ app.command()(bench.bench)
 
 def main() -> None:
     """Runs the command line; the console script ``recsys``."""
-    # OpenMP's threads spin while they wait for one another. On a core that something else wants, the others then wait for
-    # that something: training ran five to twenty times slower beside a busy process. Read when torch is loaded.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     app()
 
 
