@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import polars as pl
@@ -70,7 +70,7 @@ class Entities:
         return 0 if self.source is None else int(np.count_nonzero(self.view_row < 0))
 
     @property
-    def table_keys(self) -> pa.Array:
+    def table_keys(self) -> pa.Array[Any]:
         """Key of each row of the table; null for the unknown entity."""
         return pa.concat_arrays([pa.nulls(1, self.index.keys.type), self.index.keys])
 
@@ -78,7 +78,7 @@ class Entities:
         """``(n,)`` int64: row of each key in the table, 0 if it is not known."""
         return self.index.positions(to_arrow(keys)) + 1
 
-    def column(self, use: Use) -> pa.Array:
+    def column(self, use: Use) -> pa.Array[Any]:
         """Raw values of a feature for each row of the table; null where the view has no row."""
         if use.column == self.key_column:
             return self.table_keys

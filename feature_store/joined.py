@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import polars as pl
@@ -88,28 +88,31 @@ class Joined:
         """What the data is."""
         return self.views.schema
 
-    def entity_column(self, feature: Feature) -> pa.Array:
+    def entity_column(self, feature: Feature) -> pa.Array[Any]:
         """Raw values of a user or item feature for every row of its table; null for the unknown entity."""
         entities = self.users if feature.scope == "user" else self.items
         return entities.column(feature_use(self.schema, feature))
 
-    def context_column(self, feature: Feature, requests: slice) -> pa.Array:
+    def context_column(self, feature: Feature, requests: slice) -> pa.Array[Any]:
         """Raw values of a context feature, one a request."""
         if self.views.reads_time(feature):
-            return pa.array(self.requests.time[requests])
+            times: pa.Array[Any] = pa.array(self.requests.time[requests])
+            return times
         return to_arrow(self.views.values(feature).gather(self.source_row[self.requests.row_start[requests]]))
 
-    def candidate_column(self, feature: Feature, rows: slice) -> pa.Array:
+    def candidate_column(self, feature: Feature, rows: slice) -> pa.Array[Any]:
         """Raw values of a candidate feature, one an impression."""
         if self.views.reads_time(feature):
-            return pa.array(self.views.time("impressions")[self.source_row[rows]])
+            times: pa.Array[Any] = pa.array(self.views.time("impressions")[self.source_row[rows]])
+            return times
         return to_arrow(self.views.values(feature).gather(self.source_row[rows]))
 
-    def event_column(self, feature: Feature, history: str) -> pa.Array:
+    def event_column(self, feature: Feature, history: str) -> pa.Array[Any]:
         """Raw values of an event feature, one an event of the history's log."""
         log = self.logs[history]
         if self.views.reads_time(feature):
-            return pa.array(log.time)
+            times: pa.Array[Any] = pa.array(log.time)
+            return times
         return to_arrow(self.views.values(feature).gather(log.source_row))
 
     def rows_of(self, requests: slice) -> slice:

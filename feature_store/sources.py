@@ -18,7 +18,7 @@ import glob
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import polars as pl
@@ -503,6 +503,6 @@ def _first_line(err: BaseException) -> str:
     return str(err).strip().splitlines()[0] if str(err).strip() else type(err).__name__
 
 
-def to_arrow(series: pl.Series) -> pa.Array:
+def to_arrow(series: pl.Series) -> pa.Array[Any]:
     """A column in Arrow's plain types: text as large_string, lists as large_list."""
     return series.rechunk().to_arrow()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 
@@ -100,7 +101,7 @@ def _write_requests(path: Path, joined: Joined, encoder: Encoder, requests: slic
     write_table(path, columns)
 
 
-def _encoded(encoder: Encoder, feature: Feature, raw: pa.Array) -> EncodedColumn:
+def _encoded(encoder: Encoder, feature: Feature, raw: pa.Array[Any]) -> EncodedColumn:
     column = encoder.encode(feature.name, raw)
     if isinstance(feature, Dense) and feature.dim == 1:
         assert not isinstance(column, Ragged)

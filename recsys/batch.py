@@ -1,8 +1,8 @@
 """The batch: R requests, N candidates, and histories that are never repeated.
 
-A request is one user, one history, one context; ``request_of_row`` says which request each candidate belongs to. A plain
-impression log is the special case R = N. Training, batch scoring, the service and ``mlflow.pyfunc`` all hand a model this
-object.
+A request is one user, one history, one context; ``request_of_row`` says which request each candidate belongs to. A
+plain impression log is the special case R = N. Training, batch scoring, the service and ``mlflow.pyfunc`` all hand a
+model this object.
 
 Shapes: R requests, N candidates (rows), S events of all requests together, T tasks.
 """
@@ -115,8 +115,8 @@ class Batch:
         """Gathers some requests of a split from the mapped tables.
 
         Args:
-            requests: positions of requests in the split, or a slice of them. A slice copies nothing of what is stored in
-                order: the tensors are views of the mapped file.
+            requests: positions of requests in the split, or a slice of them. A slice copies nothing of what is stored
+                in order: the tensors are views of the mapped file.
             max_length: bound on the length of every history; the schema's own where not given.
         """
         part = training_set.split(split)
@@ -137,7 +137,9 @@ class Batch:
         """The same batch on another device."""
 
         def moved(columns: Mapping[str, Column]) -> dict[str, Column]:
-            return {n: Bags(*(t.to(device) for t in c)) if isinstance(c, Bags) else c.to(device) for n, c in columns.items()}
+            return {
+                n: Bags(*(t.to(device) for t in c)) if isinstance(c, Bags) else c.to(device) for n, c in columns.items()
+            }
 
         def optional(tensor: Tensor | None) -> Tensor | None:
             return None if tensor is None else tensor.to(device)
@@ -313,4 +315,3 @@ def history_slices(
     offsets = np.zeros(len(length) + 1, dtype=np.int64)
     np.cumsum(length, out=offsets[1:])
     return HistoryBatch(torch.from_numpy(offsets), tensor_view(log.array(TIME)[events]), features)
-

@@ -17,8 +17,8 @@
     ├── UnavailableError         (RuntimeError)  something outside this process does not answer (HTTP 503)
     └── MissingDependencyError   (ImportError)   an optional package is not installed
 
-Messages read ``<field> must <rule>, got <value>``, then a blank line and ``Hint: <fix>`` where there is one. They name the
-place (feature, file, row group) and never repeat a user's raw data.
+Messages read ``<field> must <rule>, got <value>``, then a blank line and ``Hint: <fix>`` where there is one. They
+name the place (feature, file, row group) and never repeat a user's raw data.
 """
 
 from __future__ import annotations

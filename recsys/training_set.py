@@ -9,12 +9,12 @@
     <split>/requests.arrow           one row a request: user row, time, slices of the event logs, context features
     <split>/impressions.arrow        one row an impression: item row, labels, candidate features
 
-**A history is a reference**: a request stores ``@start.<history>`` and ``@end.<history>``, a slice of the event log that ends
-strictly before the request, whatever the length. Storage is O(events + requests).
+**A history is a reference**: a request stores ``@start.<history>`` and ``@end.<history>``, a slice of the event log
+that ends strictly before the request, whatever the length. Storage is O(events + requests).
 
-Every table is an Arrow IPC file with one uncompressed record batch, so a column is a numpy view of the mapped file: opening
-a set reads nothing, and processes on one machine share one copy. Names that begin with ``@`` are ours; the others are
-features. Parquet would be smaller, but must be decoded, whole row groups at a time, on every epoch.
+Every table is an Arrow IPC file with one uncompressed record batch, so a column is a numpy view of the mapped file:
+opening a set reads nothing, and processes on one machine share one copy. Names that begin with ``@`` are ours; the
+others are features. Parquet would be smaller, but must be decoded, whole row groups at a time, on every epoch.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class Table:
 
     num_rows: int
     columns: Mapping[str, EncodedColumn]
-    keys: pa.Array | None = None
+    keys: pa.Array[Any] | None = None
 
     def array(self, name: str) -> np.ndarray:
         """A column that is not ragged."""
@@ -84,7 +84,7 @@ class Table:
         return column
 
 
-def write_table(path: str | Path, columns: Mapping[str, EncodedColumn], *, keys: pa.Array | None = None) -> None:
+def write_table(path: str | Path, columns: Mapping[str, EncodedColumn], *, keys: pa.Array[Any] | None = None) -> None:
     """Writes equally long columns as one Arrow IPC file, atomically.
 
     Args:
@@ -103,21 +103,18 @@ def write_table(path: str | Path, columns: Mapping[str, EncodedColumn], *, keys:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     try:
-        with pa.OSFile(str(temporary), "wb") as sink:
-            with pa.ipc.new_file(sink, batch.schema) as writer:
-                writer.write_batch(batch)
+        with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, batch.schema) as writer:
+            writer.write_batch(batch)
         _sync(temporary)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def _to_arrow(name: str, column: EncodedColumn) -> pa.Array:
+def _to_arrow(name: str, column: EncodedColumn) -> Any:
     if isinstance(column, Ragged):
-        return pa.LargeListArray.from_arrays(
-            pa.array(np.ascontiguousarray(column.offsets, dtype=np.int64)),
-            pa.array(np.ascontiguousarray(column.values, dtype=np.int64)),
-        )
+        offsets: Any = pa.array(np.ascontiguousarray(column.offsets, dtype=np.int64))
+        return pa.LargeListArray.from_arrays(offsets, pa.array(np.ascontiguousarray(column.values, dtype=np.int64)))
     if column.dtype not in (np.dtype(np.int64), np.dtype(np.float32)):
         raise TypeError(f"column {name!r} must be int64 or float32, got {column.dtype}")
     if column.ndim == 1:
@@ -152,12 +149,14 @@ def open_table(path: str | Path) -> Table:
     return Table(batch.num_rows, columns, keys)
 
 
-def _from_arrow(array: pa.Array) -> EncodedColumn:
+def _from_arrow(array: Any) -> EncodedColumn:
     if pa.types.is_large_list(array.type):
         return Ragged(array.values.to_numpy(), array.offsets.to_numpy())
     if pa.types.is_fixed_size_list(array.type):
-        return array.values.to_numpy().reshape(len(array), array.type.list_size)
-    return array.to_numpy()
+        matrix: np.ndarray = array.values.to_numpy().reshape(len(array), array.type.list_size)
+        return matrix
+    column: np.ndarray = array.to_numpy()
+    return column
 
 
 @dataclass(frozen=True)
@@ -232,7 +231,9 @@ class TrainingSet:
             if not path.is_file():
                 raise IntegrityError(f"{path} is missing", hint=rebuild)
             if path.stat().st_size != entry["bytes"]:
-                raise IntegrityError(f"{path} must have {entry['bytes']} bytes, got {path.stat().st_size}", hint=rebuild)
+                raise IntegrityError(
+                    f"{path} must have {entry['bytes']} bytes, got {path.stat().st_size}", hint=rebuild
+                )
             if verify and sha256_of(path) != entry["sha256"]:
                 raise IntegrityError(f"{path} was changed after it was written", hint=rebuild)
         schema = validate(Schema, manifest["schema"], source=str(folder / "manifest.json"))
@@ -282,7 +283,7 @@ class TrainingSet:
 
 def sha256_of(path: str | Path) -> str:
     """Checksum of a file, in hexadecimal."""
-    with open(path, "rb") as file:
+    with Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -297,12 +298,12 @@ def write_json(path: str | Path, value: Any) -> None:
             file.write("\n")
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
+        Path(temporary).chmod(0o644)
         os.replace(temporary, path)
     finally:
         Path(temporary).unlink(missing_ok=True)
 
 
 def _sync(path: Path) -> None:
-    with open(path, "rb") as file:
+    with path.open("rb") as file:
         os.fsync(file.fileno())

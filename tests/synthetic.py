@@ -26,7 +26,13 @@ SCHEMA: dict[str, Any] = {
         {"name": "user_id", "kind": "categorical", "scope": "user"},
         {"name": "age", "kind": "dense", "scope": "user"},
         {"name": "interests", "kind": "multi_categorical", "scope": "user", "table": "category"},
-        {"name": "hour", "kind": "categorical", "scope": "context", "column": "time", "encoder": {"kind": "hour_of_day"}},
+        {
+            "name": "hour",
+            "kind": "categorical",
+            "scope": "context",
+            "column": "time",
+            "encoder": {"kind": "hour_of_day"},
+        },
         {"name": "item_id", "kind": "categorical", "scope": "item", "table": "item"},
         {"name": "category", "kind": "categorical", "scope": "item"},
         {"name": "tags", "kind": "multi_categorical", "scope": "item", "separator": ","},
@@ -97,7 +103,13 @@ def random_batch(num_requests: int = 4, max_rows: int = 5, *, seed: int = 0, emp
 
 
 def write_views(
-    folder: Path, *, num_users: int = 30, num_items: int = 40, num_requests: int = 200, num_events: int = 900, seed: int = 0
+    folder: Path,
+    *,
+    num_users: int = 30,
+    num_items: int = 40,
+    num_requests: int = 200,
+    num_events: int = 900,
+    seed: int = 0,
 ) -> None:
     """Views for the schema, with a planted answer: a user clicks the category of most of the own past clicks."""
     generator = np.random.default_rng(seed)
@@ -117,7 +129,9 @@ def write_views(
         {
             "item_id": np.arange(num_items) + 2**53 + 1,
             "category": [f"c{c}" for c in category],
-            "tags": [",".join(f"t{t}" for t in generator.integers(0, 8, generator.integers(0, 4))) for _ in range(num_items)],
+            "tags": [
+                ",".join(f"t{t}" for t in generator.integers(0, 8, generator.integers(0, 4))) for _ in range(num_items)
+            ],
             "price": generator.lognormal(2, 1, num_items),
         }
     ).write_parquet(folder / "items.parquet")

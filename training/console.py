@@ -41,7 +41,7 @@ class TrainingDisplay:
         self._console = console or Console(stderr=True, highlight=False, soft_wrap=True)
         self._progress: Progress | None = None
         self._task: TaskID | None = None
-        self._title = ""
+        self._title = self._note = ""
         self._total = self._done = 0
         self._started = self._shown = 0.0
         self._first = 0
@@ -69,7 +69,8 @@ class TrainingDisplay:
 
     def start(self, title: str, total: int, done: int = 0) -> None:
         """Begins a phase, of which ``done`` of ``total`` rows are behind us."""
-        self._title, self._total, self._done, self._first = title, total, done, done
+        self._title, self._note = title, ""
+        self._total, self._done, self._first = total, done, done
         self._started = self._shown = time.monotonic()
         if self._progress is not None:
             if self._task is not None:
@@ -83,16 +84,16 @@ class TrainingDisplay:
             note: replaces the last one unless empty, for instance the loss.
         """
         self._done += rows
+        self._note = note or self._note
         now = time.monotonic()
         speed = (self._done - self._first) / max(now - self._started, 1e-9)
         if self._progress is not None and self._task is not None:
-            fields = {"speed": f"{speed:,.0f}"} | ({"note": note} if note else {})
-            self._progress.update(self._task, advance=rows, **fields)  # type: ignore[arg-type]
+            self._progress.update(self._task, advance=rows, speed=f"{speed:,.0f}", note=self._note)
         elif self._enabled and now - self._shown >= _LINE_EVERY_S:
             self._shown = now
             share = self._done / max(self._total, 1)
             place = f"{self._done:,} of {self._total:,} rows ({share:.0%})"
-            self.say(f"{self._title}: {place}, {speed:,.0f} rows/s {note}".rstrip())
+            self.say(f"{self._title}: {place}, {speed:,.0f} rows/s  {self._note}".rstrip())
 
     def say(self, message: str) -> None:
         """Prints a line."""

@@ -1,8 +1,8 @@
 """Training in many processes, launched by Ray Train. The same experiment, the same run folder, the same checkpoints.
 
 Every process runs :func:`training.trainer.train_rank`, the one that a single process runs, with
-:class:`training.sharded.ShardedProcesses` for its strategy. This module starts them, shows what rank 0 writes into the run
-folder, and brings errors back as they were.
+:class:`training.sharded.ShardedProcesses` for its strategy. This module starts them, shows what rank 0 writes into
+the run folder, and brings errors back as they were.
 """
 
 from __future__ import annotations
@@ -32,8 +32,9 @@ def train_workers(
 ) -> None:
     """Trains a run that has begun with several processes.
 
-    Joins the Ray cluster that ``RAY_ADDRESS`` names, or the one this process is connected to; otherwise starts one on this
-    machine and stops it at the end. All processes must see the run folder and the training set under the same path.
+    Joins the Ray cluster that ``RAY_ADDRESS`` names, or the one this process is connected to; otherwise starts one on
+    this machine and stops it at the end. All processes must see the run folder and the training set under the same
+    path.
 
     Args:
         workers: processes; each takes a GPU if the experiment's device is ``cuda``.
@@ -65,13 +66,11 @@ def train_workers(
                 "experiment": experiment.model_dump(mode="json"),
                 "schema": schema.model_dump(mode="json"),
                 "run_dir": str(run_dir.absolute()),
-                "working_dir": os.getcwd(),
+                "working_dir": str(Path.cwd()),
             },
             torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
             scaling_config=ScalingConfig(num_workers=workers, use_gpu=use_gpu),
-            run_config=RunConfig(
-                name="train", storage_path=str(storage), failure_config=FailureConfig(max_failures=0)
-            ),
+            run_config=RunConfig(name="train", storage_path=str(storage), failure_config=FailureConfig(max_failures=0)),
         )
         try:
             trainer.fit()
@@ -177,7 +176,7 @@ class _Follower:
     def _show_from(self, position: int) -> int:
         if not self._path.exists() or self._path.stat().st_size < position:
             return 0
-        with open(self._path, encoding="utf-8") as file:
+        with self._path.open(encoding="utf-8") as file:
             file.seek(position)
             for line in file.read().splitlines(keepends=True):
                 if not line.endswith("\n"):
@@ -196,4 +195,5 @@ class _Follower:
                 for name, value in metrics.items()
                 if name in ("auc", "logloss") and value is not None
             }
-            self._display.say(f"epoch {line['epoch']}: " + ", ".join(f"validation {k} {v:.4f}" for k, v in found.items()))
+            shown = ", ".join(f"validation {name} {value:.4f}" for name, value in found.items())
+            self._display.say(f"epoch {line['epoch']}: {shown}")

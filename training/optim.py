@@ -150,7 +150,7 @@ def fuse_embeddings(
         for table in tables:
             if table.num_embeddings > _MOST_ROWS:  # it would wrap ids around without a word
                 raise ConfigError(
-                    f"table {table.name!r} must have at most {_MOST_ROWS:,} rows in one process, got {table.num_embeddings:,}",
+                    f"table {table.name!r} must have at most {_MOST_ROWS:,} rows, got {table.num_embeddings:,}",
                     hint="use fewer hash buckets, or a vocabulary with max_size",
                 )
         replacement = FusedEmbeddingBagCollection(

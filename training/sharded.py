@@ -69,14 +69,14 @@ class ShardedProcesses:
                 plan[path] = construct_module_sharding_plan(
                     module,
                     {table.name: row_wise() for table in module.embedding_bag_configs()},
-                    sharder=sharder,  # type: ignore[arg-type]
+                    sharder=sharder,
                     local_size=self.world,
                     world_size=self.world,
                     device_type=self.device.type,
                 )
                 weights |= {f"{path}.{name}": tensor for name, tensor in module.state_dict().items()}
         synchronise_moments(model)
-        sharders: list[ModuleSharder[nn.Module]] = [sharder]  # type: ignore[list-item]
+        sharders: list[ModuleSharder[nn.Module]] = [sharder]
         parallel = DistributedModelParallel(model, device=self.device, plan=ShardingPlan(plan), sharders=sharders)
         _fill_shards(parallel, weights)
         sharded = [m for m in parallel.modules() if isinstance(m, ShardedEmbeddingBagCollection)]
@@ -163,7 +163,7 @@ class _SumOverRanks(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(_: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(_: Any, gradient: Tensor) -> Tensor:
         total = gradient.clone()
         dist.all_reduce(total)
         return total

@@ -11,8 +11,8 @@ from recsys.embeddings import Lookup
 class RankingModel(nn.Module):
     """``logits = network(lookup(batch))``, of shape ``(N, T)``, float32.
 
-    Training runs both halves, sharding touches only ``lookup``, ``torch.export`` takes ``network`` whole, and the scorer does
-    the look-up from memory-mapped tables.
+    Training runs both halves, sharding touches only ``lookup``, ``torch.export`` takes ``network`` whole, and the
+    scorer does the look-up from memory-mapped tables.
 
     Args:
         lookup: ids to vectors.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -83,7 +82,9 @@ def test_max_length_keeps_the_newest_events(training_set: TrainingSet) -> None:
     a, b = full.histories["clicked"], short.histories["clicked"]
     assert int(a.lengths.max()) > 2
     for r in range(full.num_requests):
-        assert b.times[b.offsets[r] : b.offsets[r + 1]].tolist() == a.times[a.offsets[r] : a.offsets[r + 1]].tolist()[-2:]
+        assert (
+            b.times[b.offsets[r] : b.offsets[r + 1]].tolist() == a.times[a.offsets[r] : a.offsets[r + 1]].tolist()[-2:]
+        )
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -109,7 +110,8 @@ def test_select_requests_reorders_and_keeps_rows_together() -> None:
     order = torch.tensor([3, 0, 4])
     selected = batch.select_requests(order)
     expected = [row for r in order.tolist() for row in range(batch.num_rows) if int(batch.request_of_row[row]) == r]
-    assert selected.source_row is not None and selected.source_row.tolist() == expected
+    assert selected.source_row is not None
+    assert selected.source_row.tolist() == expected
     assert_equal(batch.select_requests(torch.arange(5)), batch)
 
 

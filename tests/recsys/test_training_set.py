@@ -18,7 +18,9 @@ def test_a_table_round_trips_every_kind_of_column(tmp_path: Path) -> None:
     bags = Ragged(np.array([5, 6, 7], dtype=np.int64), np.array([0, 2, 2, 3], dtype=np.int64))
     dense = np.arange(6, dtype=np.float32).reshape(3, 2)
     write_table(
-        tmp_path / "t.arrow", {"id": ids, "bag": bags, "dense": dense, "one": dense[:, 0]}, keys=pa.array([None, "a", "ü"])
+        tmp_path / "t.arrow",
+        {"id": ids, "bag": bags, "dense": dense, "one": dense[:, 0]},
+        keys=pa.array([None, "a", "ü"]),
     )
 
     table = open_table(tmp_path / "t.arrow")
@@ -31,7 +33,8 @@ def test_a_table_round_trips_every_kind_of_column(tmp_path: Path) -> None:
     np.testing.assert_array_equal(ragged.offsets, bags.offsets)
     np.testing.assert_array_equal(table.array("dense"), dense)
     np.testing.assert_array_equal(table.array("one"), dense[:, 0])
-    assert table.keys is not None and table.keys.to_pylist() == [None, "a", "ü"]
+    assert table.keys is not None
+    assert table.keys.to_pylist() == [None, "a", "ü"]
 
 
 def test_columns_are_read_only_views_of_the_mapped_file(tmp_path: Path) -> None:
@@ -41,14 +44,16 @@ def test_columns_are_read_only_views_of_the_mapped_file(tmp_path: Path) -> None:
     column = open_table(tmp_path / "t.arrow").array("id")
 
     assert pa.total_allocated_bytes() - before < 1000
-    assert not column.flags.writeable and not column.flags.owndata
+    assert not column.flags.writeable
+    assert not column.flags.owndata
 
 
 def test_an_empty_table_round_trips(tmp_path: Path) -> None:
     empty = np.empty(0, dtype=np.int64)
     write_table(tmp_path / "t.arrow", {"id": empty, "bag": Ragged(empty, np.zeros(1, dtype=np.int64))})
     table = open_table(tmp_path / "t.arrow")
-    assert table.num_rows == 0 and len(table.array("id")) == 0
+    assert table.num_rows == 0
+    assert len(table.array("id")) == 0
 
 
 @pytest.mark.parametrize("keep", [0, 7, 100, 0.5, 0.99])

@@ -83,12 +83,14 @@ def test_two_ray_workers_follow_one_process_for_100_steps(folder: Path, tmp_path
     assert len(single) == len(sharded) >= 100
     assert single[-1] < 0.9 * single[0], "the run must have moved"
     np.testing.assert_allclose(sharded[:100], single[:100], rtol=0, atol=1e-5)
-    assert two.test is not None and one.test is not None
+    assert two.test is not None
+    assert one.test is not None
     assert two.test["click"]["num_rows"] == one.test["click"]["num_rows"]
     assert two.test["click"]["logloss"] == pytest.approx(one.test["click"]["logloss"], abs=1e-4)
     # What two processes have saved, one process reads.
     again = train(config, schema, tmp_path / "two", progress=False)
-    assert again.was_finished and again.best_checkpoint == two.best_checkpoint
+    assert again.was_finished
+    assert again.best_checkpoint == two.best_checkpoint
 
 
 def _moments_equal(folder: Path) -> None:
@@ -115,7 +117,8 @@ def _moments_equal(folder: Path) -> None:
     assert whole.grad is not None
     torch.testing.assert_close(part.grad, whole.grad[mine])
     nothing = moments_over_ranks(x[:0], valid[:0])
-    assert int(nothing.num_positions) == 0 and nothing.mean.abs().sum() == 0
+    assert int(nothing.num_positions) == 0
+    assert nothing.mean.abs().sum() == 0
 
 
 def test_batch_statistics_over_ranks_equal_those_of_the_whole_batch(tmp_path: Path) -> None:
@@ -129,7 +132,8 @@ def _exchanges(folder: Path) -> None:
     assert strategy.all_sum(torch.tensor([strategy.rank + 1.0])).tolist() == [3.0]
     rows = np.full((strategy.rank * 2, 3), strategy.rank, dtype=np.int64)  # rank 0 has none
     gathered = strategy.all_gather(rows)
-    assert [g.shape for g in gathered] == [(0, 3), (2, 3)] and gathered[1].dtype == np.int64
+    assert [g.shape for g in gathered] == [(0, 3), (2, 3)]
+    assert gathered[1].dtype == np.int64
     strategy.barrier()
 
 

@@ -16,6 +16,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+import training.console
 import training.trainer
 from recsys.errors import ConfigError, DataError, IntegrityError, RecsysError, TrainingError
 from recsys.metrics import auc
@@ -440,6 +441,20 @@ def test_a_terminal_shows_rows_speed_and_loss() -> None:
     assert "rows/s" in text
     assert "loss 0.4321" in text
     assert "epoch 1: done" in text
+
+
+def test_elsewhere_lines_tell_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([100.0, 104.0, 105.0, 111.0, 112.0])
+    monkeypatch.setattr(training.console.time, "monotonic", lambda: next(clock))
+    console = Console(file=io.StringIO(), width=200)
+    with TrainingDisplay(console=console) as display:
+        display.start("epoch 1 of 2", 2000, done=100)  # at 100 s
+        display.advance(300)  # at 104 s: too soon for a line
+        display.advance(0, "loss 0.4321")
+        display.advance(250)  # at 111 s
+        display.advance(10)
+    assert isinstance(console.file, io.StringIO)
+    assert console.file.getvalue() == "epoch 1 of 2: 650 of 2,000 rows (32%), 50 rows/s  loss 0.4321\n"
 
 
 def test_training_outside_the_main_thread_works(make_experiment: MakeExperiment, run_dir: Path) -> None:
