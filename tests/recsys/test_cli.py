@@ -8,6 +8,7 @@ import resource
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -187,3 +188,18 @@ def test_a_closed_pipe_is_no_traceback() -> None:
         )
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
+
+
+def test_options_of_serve_win_over_its_file(
+    run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    import serving.service
+
+    served: list[serving.service.ServiceConfig] = []
+    monkeypatch.setattr(serving.service, "serve", served.append)
+    file = tmp_path / "serve.yaml"
+    file.write_text("artifact: somewhere\nport: 9000\nmax_candidates: 7\n")
+
+    run("serve", "--config", str(file), "--port", "0")
+
+    assert (served[0].artifact, served[0].port, served[0].max_candidates) == ("somewhere", 0, 7)
