@@ -111,7 +111,7 @@ class EmbeddingOptimizer(NamedTuple):
     kwargs: dict[str, Any]
 
 
-def embedding_optimizer(config: RowwiseAdagradConfig | AdagradConfig | SGDConfig) -> EmbeddingOptimizer:
+def embedding_optimizer(config: EmbeddingOptimizerConfig) -> EmbeddingOptimizer:
     """The optimizer that a config describes, for :func:`fuse_embeddings` or for sharded tables."""
     match config:
         case RowwiseAdagradConfig():
@@ -122,9 +122,7 @@ def embedding_optimizer(config: RowwiseAdagradConfig | AdagradConfig | SGDConfig
             return EmbeddingOptimizer(torch.optim.SGD, {"lr": config.lr})
 
 
-def fuse_embeddings(
-    model: nn.Module, config: RowwiseAdagradConfig | AdagradConfig | SGDConfig, *, device: torch.device
-) -> KeyedOptimizer:
+def fuse_embeddings(model: nn.Module, config: EmbeddingOptimizerConfig, *, device: torch.device) -> KeyedOptimizer:
     """Replaces every embedding collection of a model by one whose optimizer is fused into its backward pass.
 
     The weights and the names in the state dict stay as they were.
@@ -173,7 +171,7 @@ def dense_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def dense_optimizer(
-    config: DenseAdamConfig | DenseAdamWConfig | DenseAdagradConfig | DenseSGDConfig,
+    config: DenseOptimizerConfig,
     parameters: dict[str, nn.Parameter],
 ) -> KeyedOptimizer:
     """The optimizer of everything but the embedding tables, its state keyed by parameter and allocated.

@@ -25,13 +25,8 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 from recsys.layers.activations import Dice, Moments
 from recsys.models import RankingModel
 from training.optim import (
-    AdagradConfig,
-    DenseAdagradConfig,
-    DenseAdamConfig,
-    DenseAdamWConfig,
-    DenseSGDConfig,
-    RowwiseAdagradConfig,
-    SGDConfig,
+    DenseOptimizerConfig,
+    EmbeddingOptimizerConfig,
     dense_optimizer,
     embedding_optimizer,
 )
@@ -55,8 +50,8 @@ class ShardedProcesses:
     def prepare(
         self,
         model: RankingModel,
-        embedding: RowwiseAdagradConfig | AdagradConfig | SGDConfig,
-        dense: DenseAdamConfig | DenseAdamWConfig | DenseAdagradConfig | DenseSGDConfig,
+        embedding: EmbeddingOptimizerConfig,
+        dense: DenseOptimizerConfig,
     ) -> Prepared:
         """Shards every table by rows, replicates the rest, and builds the optimizers."""
         optimizer = embedding_optimizer(embedding)

@@ -14,13 +14,8 @@ from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizer
 
 from recsys.models import RankingModel
 from training.optim import (
-    AdagradConfig,
-    DenseAdagradConfig,
-    DenseAdamConfig,
-    DenseAdamWConfig,
-    DenseSGDConfig,
-    RowwiseAdagradConfig,
-    SGDConfig,
+    DenseOptimizerConfig,
+    EmbeddingOptimizerConfig,
     dense_optimizer,
     dense_parameters,
     fuse_embeddings,
@@ -67,8 +62,8 @@ class Strategy(Protocol):
     def prepare(
         self,
         model: RankingModel,
-        embedding: RowwiseAdagradConfig | AdagradConfig | SGDConfig,
-        dense: DenseAdamConfig | DenseAdamWConfig | DenseAdagradConfig | DenseSGDConfig,
+        embedding: EmbeddingOptimizerConfig,
+        dense: DenseOptimizerConfig,
     ) -> Prepared:
         """Places the model, fuses or shards its tables, and builds its optimizers. The model given is used up."""
         ...
@@ -105,8 +100,8 @@ class SingleProcess:
     def prepare(
         self,
         model: RankingModel,
-        embedding: RowwiseAdagradConfig | AdagradConfig | SGDConfig,
-        dense: DenseAdamConfig | DenseAdamWConfig | DenseAdagradConfig | DenseSGDConfig,
+        embedding: EmbeddingOptimizerConfig,
+        dense: DenseOptimizerConfig,
     ) -> Prepared:
         """Fuses the embedding optimizer into the tables' backward pass."""
         model.to(self.device)
