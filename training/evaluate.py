@@ -55,7 +55,7 @@ def predict(
     model: nn.Module,
     training_set: TrainingSet,
     split: str,
-    batch_size: int = 8192,
+    batch_size: int = 2048,
     *,
     strategy: Strategy | None = None,
     advance: Callable[[int], None] = lambda _: None,

@@ -50,7 +50,7 @@ class TrainingConfig(Config):
     task_weights: dict[Name, float] = Field(default_factory=dict, description="weight in the loss; 1 if not given")
     shuffle: ShuffleConfig = ShuffleConfig()
     selection: SelectionConfig = SelectionConfig()
-    evaluation_batch_size: int = Field(8192, ge=1, description="rows")
+    evaluation_batch_size: int = Field(2048, ge=1, description="rows")
     device: Literal["auto", "cpu", "cuda"] = "auto"
     num_threads: int | None = Field(None, ge=1, description="of torch, a process; its own choice if not given")
     prefetch_batches: int = Field(4, ge=0, description="built ahead in the background")
