@@ -44,6 +44,9 @@ _HEADER = np.dtype(
 _HEADER_WORDS = _HEADER.itemsize // 8
 _KINDS = {"user": 1, "item": 2, "history": 3}
 _TIME = "@time"
+_START_MASK = 2**32 - 1
+_NO_WORDS = np.empty(0, np.uint64)
+_NO_TIMES = np.empty(0, np.int64)
 
 
 class Decoded(NamedTuple):
@@ -91,6 +94,7 @@ class Codec:
         self.features = tuple(features)
         self._encoder = encoder
         self._kind = _KINDS[kind]
+        self._start = _MAGIC | FORMAT_VERSION << 8 | self._kind << 16
         self._has_times = kind == "history"
         self._fields = [_field(encoder, encoder.schema.feature(f)) for f in features]
         self._bags = [f.name for f in self._fields if f.is_bag]
@@ -173,57 +177,101 @@ class Codec:
             ArtifactError: a value was encoded by another encoder, or of other features.
             IntegrityError: a value is not one of this format, or was cut short.
         """
-        starts, buffer, headers = self._opened(values)
-        counts = headers["records"].astype(np.int64)
+        if not values:
+            return self._decoded(np.zeros(1, np.int64), np.empty(0, np.uint64), np.zeros(0, np.int64), _NO_WORDS)
+        content = values[0] if len(values) == 1 else b"".join(values)
+        if len(content) % 8 or len(values[0]) < _HEADER.itemsize:
+            raise _broken(self.name)
+        buffer = np.frombuffer(content, np.uint64)
+        return self._decoded_alike(values, buffer) or self._decoded_each(values, buffer)
+
+    def _decoded_alike(self, values: Sequence[bytes], buffer: np.ndarray) -> Decoded | None:
+        """Values of one size with as many records each: a table of words. None if they are not, or not sound."""
+        size = len(values[0]) >> 3
+        if len(buffer) != len(values) * size:
+            return None
+        table = buffer.reshape(len(values), size)
+        start, digest = table[0, :2].tolist()
+        count = start >> 32
+        is_sound = start & _START_MASK == self._start and digest == self.digest
+        if not is_sound or size < _HEADER_WORDS + count * self._words:
+            return None
+        # Were the sizes not equal, another word would lie where the digest is expected.
+        if len(values) > 1 and not (table[:, :2] == table[0, :2]).all():
+            return None
+        words = np.ascontiguousarray(table[:, _HEADER_WORDS : _HEADER_WORDS + count * self._words])
+        starts = np.arange(0, len(buffer) + 1, size)
+        counts = np.full(len(values), count)
+        return self._decoded(starts, buffer, counts, words.reshape(-1), expires=table[:, 2].view(np.int64))
+
+    def _decoded_each(self, values: Sequence[bytes], buffer: np.ndarray) -> Decoded:
+        """Values of any sizes."""
+        sizes = np.fromiter(map(len, values), np.int64, len(values))
+        if (sizes & 7).any() or int(sizes.min()) < _HEADER.itemsize:
+            raise _broken(self.name)
+        starts = offsets_of(sizes >> 3)
+        headers = buffer[starts[:-1, None] + np.arange(_HEADER_WORDS)]
+        if ((headers[:, 0] & np.uint64(_START_MASK)) != self._start).any() or (headers[:, 1] != self.digest).any():
+            self._refuse(headers)
+        counts = (headers[:, 0] >> np.uint64(32)).astype(np.int64)
+        # Records, then ids of bags, as the records say: at least the records must be there.
+        if (_HEADER_WORDS + counts * self._words > sizes >> 3).any():
+            raise _broken(self.name)
+        words = buffer[ranges(starts[:-1] + _HEADER_WORDS, counts * self._words)]
+        return self._decoded(starts, buffer, counts, words, expires=headers[:, 2].view(np.int64))
+
+    def _decoded(
+        self,
+        starts: np.ndarray,
+        buffer: np.ndarray,
+        counts: np.ndarray,
+        words: np.ndarray,
+        *,
+        expires: np.ndarray | None = None,
+    ) -> Decoded:
+        """Columns of records.
+
+        Args:
+            starts: ``(V + 1,)`` int64: where each value begins, in words.
+            buffer: all words of all values.
+            counts: ``(V,)`` int64, records of each value.
+            words: of all records.
+            expires: ``(V,)`` int64.
+        """
+        records = words.view(self._record)
         offsets = offsets_of(counts)
-        size = _HEADER_WORDS + int(counts[0]) * self._words if len(values) else 0
-        if len(values) and (np.diff(starts) == size).all() and (counts == counts[0]).all():
-            # One length and no ids: a table of words, nothing to gather.
-            words = buffer.reshape(len(values), -1)[:, _HEADER_WORDS:]
-        else:
-            words = buffer[ranges(starts[:-1] + _HEADER_WORDS, counts * self._words)]
-        records = np.ascontiguousarray(words).reshape(-1).view(self._record)
-        ids = buffer.view(self._id_type)
-        place = (starts[:-1] + _HEADER_WORDS + counts * self._words) * (8 // self._id_type.itemsize)
-        last = len(ids)
         columns: dict[str, EncodedColumn] = {}
+        ids = buffer.view(self._id_type)
+        per_word = 8 // self._id_type.itemsize
+        place = (starts[:-1] + (_HEADER_WORDS + counts * self._words)) * per_word
         for field in self._fields:
             stored = records[field.name]
             if field.is_bag:
                 bag_offsets = offsets_of(stored)
-                num_ids = np.diff(bag_offsets[offsets])
-                if len(values) and int((place + num_ids).max()) > last:
+                ends = bag_offsets[offsets]
+                num_ids = ends[1:] - ends[:-1]
+                if len(counts) and int((place + num_ids).max()) > len(ids):
                     raise _broken(self.name)
                 columns[field.name] = Ragged(ids[ranges(place, num_ids)].astype(np.int64), bag_offsets)
                 place = place + num_ids
             else:
                 columns[field.name] = stored.astype(np.int64 if field.dim is None else np.float32)
-        if ((place * self._id_type.itemsize + 7) // 8 != starts[1:]).any():
+        if ((place + (per_word - 1)) // per_word != starts[1:]).any():
             raise _broken(self.name)
-        times = records[_TIME].astype(np.int64) if self._has_times else np.empty(0, np.int64)
-        return Decoded(offsets, times, columns, headers["expires"])
+        times = records[_TIME].astype(np.int64) if self._has_times else _NO_TIMES
+        return Decoded(offsets, times, columns, np.empty(0, np.int64) if expires is None else expires)
 
-    def _opened(self, values: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Where each value begins in words ``(V + 1,)``; all words; the headers, checked."""
-        sizes = np.fromiter(map(len, values), np.int64, len(values))
-        if len(sizes) and (int(sizes.min()) < _HEADER.itemsize or (sizes & 7).any()):
+    def _refuse(self, headers: np.ndarray) -> None:
+        """Raises what is wrong with headers ``(V, 3)`` of words."""
+        head = np.ascontiguousarray(headers).reshape(-1).view(_HEADER)
+        if (head["magic"] != _MAGIC).any() or (head["kind"] != self._kind).any():
             raise _broken(self.name)
-        starts = offsets_of(sizes >> 3)
-        buffer = np.frombuffer(b"".join(values), np.uint64) if values else np.empty(0, np.uint64)
-        headers = buffer[starts[:-1, None] + np.arange(_HEADER_WORDS)].reshape(-1).view(_HEADER)
-        if (headers["magic"] != _MAGIC).any() or (headers["kind"] != self._kind).any():
-            raise _broken(self.name)
-        if (headers["version"] != FORMAT_VERSION).any():
+        if (head["version"] != FORMAT_VERSION).any():
             raise IntegrityError(
                 f"{self.name} of the online store must be of format {FORMAT_VERSION}, got another",
                 hint="materialize again with this version",
             )
-        if (headers["digest"] != self.digest).any():
-            raise refused(self.name)
-        # Records, then ids of bags, as the record lengths say: at least the records must be there.
-        if (_HEADER_WORDS + headers["records"].astype(np.int64) * self._words > sizes >> 3).any():
-            raise _broken(self.name)
-        return starts, buffer, headers
+        raise refused(self.name)
 
 
 def refused(name: str) -> ArtifactError:

@@ -5,9 +5,9 @@ or after that time stays; so do the histories of users that the log does not kno
 materialising often gives the same as materialising once.
 
 It works in chunks. A chunk is written together with the place where the next one begins, so that a run that is killed
-at any moment goes on there. Of a log that the store has materialised before, up to an earlier time, only users with events
-since are visited; everything is compared first, and only what differs is written. Values that expire are all written,
-since that renews them.
+at any moment goes on there. Of a log that the store has materialised before, up to an earlier time, only users with
+events since are visited; everything is compared first, and only what differs is written. Values that expire are all
+written, since that renews them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from feature_store.online.codec import ranges, take_rows
-from feature_store.online.store import META, Events, OnlineStore
+from feature_store.online.store import ITEM, META, USER, Events, OnlineStore
 from recsys.encoding.columns import offsets_of
 from recsys.encoding.encoder import EncodedColumn
 from recsys.errors import ArtifactError, ConfigError
@@ -168,15 +168,15 @@ class Materializer:
         assert table.keys is not None
         keys = table.keys.slice(int(rows[0]), len(rows))
         if kind == "items":
-            names, values = store.claim("item_id", keys), store.encoded_items(columns, len(rows))
-            return self._write([b"i" + name for name in names], lambda _: values, state)
-        names, values = store.claim("user_id", keys), store.encoded_users(columns, len(rows))
-        return self._write([b"u" + name for name in names], lambda _: values, state)
+            names, values = store.claim("item_id", keys, ITEM), store.encoded_items(columns, len(rows))
+        else:
+            names, values = store.claim("user_id", keys, USER), store.encoded_users(columns, len(rows))
+        return self._write(names, lambda _: values, state)
 
     def _write_histories(self, history: str, rows: np.ndarray, until: int, state: bytes) -> int:
         keys = self._set.users.keys
         assert keys is not None
-        names = self.store.claim("user_id", keys.take(rows))
+        names = self.store.claim("user_id", keys.take(rows), self.store.history_prefix(history))
         log = self._logs[history]
         events = log.newest(rows, until, self.store.keep(history))
         offsets, places = events
@@ -187,11 +187,7 @@ class Materializer:
         table = self._set.events[history]
         columns.update({f.name: take_rows(table.columns[f.name], places) for f in spec.event_features})
         logged = Events(offsets, log.times[places], columns)
-        return self._write(
-            self.store.user_key(history, names),
-            lambda old: self.store.merged(history, old, logged, since=until),
-            state,
-        )
+        return self._write(names, lambda old: self.store.merged(history, old, logged, since=until), state)
 
     def _write(self, keys: list[bytes], values: Callable[[list[bytes | None]], list[bytes]], state: bytes) -> int:
         """Writes what differs, and the state with it; returns how many values those were."""

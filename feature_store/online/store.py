@@ -24,7 +24,7 @@ import time as clock
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, cast
 
 import numpy as np
 import pyarrow as pa
@@ -44,6 +44,10 @@ MAX_TIME = 7_258_118_400_000_000
 
 META = b"m"
 """Key of what the store says about itself."""
+USER = b"u"
+"""What the keys of users begin with."""
+ITEM = b"i"
+"""What the keys of items begin with."""
 _LONGEST_KEY = 400
 _NO_KEY = b"-"
 """Asked for in place of a null key; nothing is stored there."""
@@ -247,11 +251,12 @@ class OnlineStore:
             UnavailableError: the store does not answer.
         """
         names = list(self._histories) if histories is None else list(histories)
-        user_keys = self.user_keys(users)
-        item_keys = self.item_keys(items)
-        asked = [_prefixed(b"u", user_keys), *(_prefixed(self._places[h], user_keys) for h in names)]
-        asked.append(_prefixed(b"i", item_keys))
-        found = self.backend.get([key for keys in asked for key in keys])
+        user_keys = self._checked_keys(users, "user_id")
+        asked = _prefixed(USER, user_keys)
+        for name in names:
+            asked += _prefixed(self._places[name], user_keys)
+        asked += self._item_keys(items)
+        found = self.backend.get(asked)
         num_users, now = len(user_keys), self._now()
         events = {
             name: self._events(name, found[num_users * (1 + place) : num_users * (2 + place)], now)
@@ -265,15 +270,15 @@ class OnlineStore:
 
     def users(self, keys: Array) -> Entities:
         """Features of ``(n,)`` users."""
-        return self._entities(self._users, self.backend.get(_prefixed(b"u", self.user_keys(keys))), self._now())
+        return self._entities(self._users, self.backend.get(self._user_keys(keys)), self._now())
 
     def items(self, keys: Array) -> Entities:
         """Features of ``(n,)`` items."""
-        return self._entities(self._items, self.backend.get(_prefixed(b"i", self.item_keys(keys))), self._now())
+        return self._entities(self._items, self.backend.get(self._item_keys(keys)), self._now())
 
     def history(self, name: str, users: Array) -> Events:
         """All stored events of ``(R,)`` users."""
-        keys = _prefixed(self._places[name], self.user_keys(users))
+        keys = self._checked_keys(users, "user_id", self._places[name])
         return self._events(name, self.backend.get(keys), self._now())
 
     def _entities(self, codec: Codec, found: Sequence[bytes | None], now: int) -> Entities:
@@ -314,8 +319,9 @@ class OnlineStore:
             EncodingError: a key is missing, or of another type than those of the store.
             UnavailableError: the store does not answer.
         """
-        names = self.claim("user_id", keys)
-        self._put(_prefixed(b"u", names), self.encoded_users(columns, len(names)))
+        names = self.claim("user_id", keys, USER)
+        values = self.encoded_users(columns, len(names))
+        self.backend.update(names, lambda _: values)
 
     def put_items(self, keys: Array, columns: Mapping[str, EncodedColumn]) -> None:
         """Stores encoded features of ``(n,)`` items.
@@ -324,11 +330,9 @@ class OnlineStore:
             EncodingError: a key is missing, or of another type than those of the store.
             UnavailableError: the store does not answer.
         """
-        names = self.claim("item_id", keys)
-        self._put(_prefixed(b"i", names), self.encoded_items(columns, len(names)))
-
-    def _put(self, keys: Sequence[bytes], values: Sequence[bytes]) -> None:
-        self.backend.update(keys, lambda _: values)
+        names = self.claim("item_id", keys, ITEM)
+        values = self.encoded_items(columns, len(names))
+        self.backend.update(names, lambda _: values)
 
     def encoded_users(self, columns: Mapping[str, EncodedColumn], n: int) -> list[bytes]:
         """The values of ``n`` users."""
@@ -387,7 +391,7 @@ class OnlineStore:
         names = self._histories_of(event)
         if not names:
             return []
-        user_keys = self.claim("user_id", pa.array([event.user]))
+        (user,) = self.claim("user_id", pa.array([event.user]))
         rows = self._event_columns(event, names)
         added = {
             name: Events(np.array([0, 1]), np.array([event.time]), {f: rows[f] for f in self._histories[name].features})
@@ -399,7 +403,7 @@ class OnlineStore:
                 self.merged(name, [old], added[name], since=None)[0] for name, old in zip(names, stored, strict=True)
             ]
 
-        self.backend.update([self._places[name] + user_keys[0] for name in names], change)
+        self.backend.update([self._places[name] + user for name in names], change)
         return names
 
     def _histories_of(self, event: Event) -> list[str]:
@@ -461,7 +465,7 @@ class OnlineStore:
     def sweep(self) -> int:
         """Removes what has expired; returns how many values that was. Reads do not depend on it."""
         now = self._now()
-        gone = [k for prefix in (b"u", b"h", b"i") for k, v in self.backend.scan(prefix) if expiry_of(v) <= now]
+        gone = [k for prefix in (USER, b"h", ITEM) for k, v in self.backend.scan(prefix) if expiry_of(v) <= now]
         for start in range(0, len(gone), 1024):
             # Asked again: a write since the scan has set a new expiry.
             self.backend.update(
@@ -472,20 +476,18 @@ class OnlineStore:
 
     # Keys
 
-    def user_keys(self, keys: Array) -> list[bytes]:
-        """Stored form of ``(n,)`` users' keys, without the prefix of what is stored under them."""
-        return self._checked_keys(keys, "user_id")
+    def history_prefix(self, history: str) -> bytes:
+        """What the keys of a history begin with."""
+        return self._places[history]
 
-    def item_keys(self, keys: Array) -> list[bytes]:
-        """Stored form of ``(n,)`` items' keys, without the prefix of what is stored under them."""
-        return self._checked_keys(keys, "item_id")
+    def _user_keys(self, keys: Array) -> list[bytes]:
+        return self._checked_keys(keys, "user_id", USER)
 
-    def user_key(self, history: str, keys: Sequence[bytes]) -> list[bytes]:
-        """Where the histories of users are stored."""
-        return _prefixed(self._places[history], keys)
+    def _item_keys(self, keys: Array) -> list[bytes]:
+        return self._checked_keys(keys, "item_id", ITEM)
 
-    def _checked_keys(self, keys: Array, which: str) -> list[bytes]:
-        names, kind = _stored_keys(keys, which)
+    def _checked_keys(self, keys: Array, which: str, prefix: bytes = b"") -> list[bytes]:
+        names, kind = _stored_keys(keys, which, prefix)
         expected = self._meta["key_types"][which]
         if kind is not None and kind != expected:
             if expected is None:  # perhaps written since this store was opened
@@ -494,16 +496,17 @@ class OnlineStore:
                 raise EncodingError(f"{which} must hold {_WORDS[expected]}, as when they were stored")
         return names
 
-    def claim(self, which: str, keys: Array) -> list[bytes]:
+    def claim(self, which: str, keys: Array, prefix: bytes = b"") -> list[bytes]:
         """Stored form of ``(n,)`` keys that are to be written; the first write decides their type.
 
         Args:
             which: ``"user_id"`` or ``"item_id"``.
+            prefix: of the stored form: what is stored under it.
 
         Raises:
             EncodingError: a key is missing, or of another type than those before.
         """
-        names, kind = _stored_keys(keys, which)
+        names, kind = _stored_keys(keys, which, prefix)
         if keys.null_count:
             raise EncodingError(f"{which} must be given, got a missing one")
         if kind is not None and self._meta["key_types"][which] is None:
@@ -542,6 +545,11 @@ def cut(events: Events, before: np.ndarray, max_length: int) -> Events:
         before: ``(R,)`` int64, UTC microseconds.
         max_length: of each history.
     """
+    if len(before) == 1:
+        last = int(np.searchsorted(events.times, before[0]))
+        only = slice(max(last - max_length, 0), last)
+        columns = {f: _sliced(c, only) for f, c in events.columns.items()}
+        return Events(np.array([0, only.stop - only.start]), events.times[only], columns)
     first, lengths = events.offsets[:-1], np.diff(events.offsets)
     is_past = events.times < np.repeat(before, lengths)
     past = np.diff(
@@ -555,6 +563,13 @@ def cut(events: Events, before: np.ndarray, max_length: int) -> Events:
     return Events(offsets_of(kept), events.times[rows], columns)
 
 
+def _sliced(column: EncodedColumn, rows: slice) -> EncodedColumn:
+    if not isinstance(column, Ragged):
+        return column[rows]
+    offsets = column.offsets[rows.start : rows.stop + 1]
+    return Ragged(column.values[offsets[0] : offsets[-1]], offsets - offsets[0])
+
+
 def _chosen(events: Events, is_chosen: np.ndarray) -> Events:
     rows = np.flatnonzero(is_chosen)
     offsets = offsets_of(is_chosen.astype(np.int64))[events.offsets]
@@ -563,12 +578,14 @@ def _chosen(events: Events, is_chosen: np.ndarray) -> Events:
 
 def _live(codec: Codec, found: Sequence[bytes | None], now: int) -> tuple[Decoded, np.ndarray]:
     """The values that are there and have not expired, decoded, and which those are."""
-    values = [value for value in found if value is not None]
-    decoded = codec.decode(values)
-    if len(values) == len(found):
-        is_known = np.ones(len(found), np.bool_)
-    else:
+    values: Sequence[bytes]
+    if None in found:
         is_known = np.fromiter((value is not None for value in found), np.bool_, len(found))
+        values = [value for value in found if value is not None]
+    else:
+        is_known = np.ones(len(found), np.bool_)
+        values = cast("Sequence[bytes]", found)
+    decoded = codec.decode(values)
     is_live = decoded.expires > now
     if not is_live.all():
         is_known[is_known] = is_live
@@ -579,17 +596,18 @@ def _live(codec: Codec, found: Sequence[bytes | None], now: int) -> tuple[Decode
 _WORDS = {"integer": "integers", "text": "text"}
 
 
-def _stored_keys(keys: Array, which: str) -> tuple[list[bytes], str | None]:
+def _stored_keys(keys: Array, which: str, prefix: bytes) -> tuple[list[bytes], str | None]:
     """Stored form of keys, and their type: 8 bytes for an integer; for text, its bytes or their hash."""
     parsed = as_keys(keys, where=which)
     if isinstance(parsed, NoKeys):
         return [_NO_KEY] * parsed.length, None
     if isinstance(parsed, IntKeys):
-        # One byte more than the number: no text has the same stored form, as text begins with another byte.
-        stored = np.empty((len(parsed.values), 9), np.uint8)
-        stored[:, 0] = ord("n")
-        stored[:, 1:] = parsed.values.astype(">i8").view(np.uint8).reshape(-1, 8)
-        names: list[bytes] = stored.view("V9").reshape(-1).tolist()
+        # After a letter that no text begins with.
+        head = prefix + b"n"
+        stored = np.empty(len(parsed.values), [("head", f"V{len(head)}"), ("key", ">i8")])
+        stored["head"] = np.void(head)
+        stored["key"] = parsed.values
+        names: list[bytes] = stored.view(f"V{len(head) + 8}").tolist()
         if parsed.valid is not None:
             names = [n if v else _NO_KEY for n, v in zip(names, parsed.valid.tolist(), strict=True)]
         return names, "integer" if parsed.valid is None or parsed.valid.any() else None
@@ -598,7 +616,7 @@ def _stored_keys(keys: Array, which: str) -> tuple[list[bytes], str | None]:
         if parsed.codes is None
         else parsed.values.take(pa.array(parsed.codes, mask=np.asarray(parsed.codes) < 0))
     )
-    names = [_NO_KEY if text is None else _stored_text(text) for text in texts.to_pylist()]
+    names = [_NO_KEY if text is None else prefix + _stored_text(text) for text in texts.to_pylist()]
     return names, "text" if texts.null_count < len(texts) else None
 
 
