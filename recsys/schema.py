@@ -21,8 +21,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
+from zoneinfo import available_timezones
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from recsys.config import Config, InconsistentError, load_yaml, validate
 from recsys.errors import SchemaError, nearest
@@ -179,7 +180,76 @@ class Task(Config):
     )
 
 
-class ImpressionsView(Config):
+class ParquetFormat(Config):
+    """Parquet; columns keep their types."""
+
+    kind: Literal["parquet"] = "parquet"
+
+
+class ArrowFormat(Config):
+    """Arrow IPC, file or stream (Feather version 2 is the former); columns keep their types."""
+
+    kind: Literal["arrow"] = "arrow"
+
+
+class CsvFormat(Config):
+    """Text with a row a line and fields between separators; what a column holds, its use decides."""
+
+    kind: Literal["csv"] = "csv"
+    separator: str = Field(
+        ",", min_length=1, max_length=8, description="one character, or several such as '::', which nothing may quote"
+    )
+    columns: tuple[str, ...] | None = Field(
+        None, min_length=1, description="names in the order of the fields, of files without a header"
+    )
+    encoding: Literal["utf-8", "latin-1"] = "utf-8"
+
+    @model_validator(mode="after")
+    def _has_no_quotes(self) -> Self:
+        if any(c in self.separator for c in '"\r\n'):
+            raise ValueError("separator must hold no quote and no line end")
+        if self.columns is not None and len(set(self.columns)) < len(self.columns):
+            raise ValueError("columns must have different names")
+        return self
+
+
+class JsonLinesFormat(Config):
+    """One JSON object a line; a column has one type in all lines, and is missing where a line lacks it."""
+
+    kind: Literal["json_lines"] = "json_lines"
+
+
+class LibfmFormat(Config):
+    """``label index:value index:value ...``, as many entries in every line.
+
+    Columns are ``row`` (the line from 0, which can stand for the time that the format lacks), ``label``, and of the
+    j-th entry, from 1, ``x<j>`` (its index) and ``v<j>`` (its value).
+    """
+
+    kind: Literal["libfm"] = "libfm"
+
+
+FormatSpec = Annotated[
+    ParquetFormat | ArrowFormat | CsvFormat | JsonLinesFormat | LibfmFormat, Field(discriminator="kind")
+]
+
+
+def _known_zone(name: str) -> str:
+    known = available_timezones()
+    if name not in known:
+        raise ValueError(f"{name!r} is not a time zone, {nearest(name, known)}")
+    return name
+
+
+TimeZone = Annotated[str, AfterValidator(_known_zone)]
+
+
+class _View(Config):
+    format: FormatSpec | None = Field(None, description="of its files; by their names if not given")
+    time_zone: TimeZone = Field("UTC", description="of times that carry no zone or offset; integers are always UTC")
+
+
+class ImpressionsView(_View):
     """One row an impression."""
 
     path: str = "impressions.parquet"
@@ -190,7 +260,7 @@ class ImpressionsView(Config):
     request: str | None = Field(None, description="groups impressions; each is its own request if not given")
 
 
-class EventsView(Config):
+class EventsView(_View):
     """One row a past interaction."""
 
     path: str = "events.parquet"
@@ -201,7 +271,7 @@ class EventsView(Config):
     type: str | None = Field(None, description="column of the event type; needed by histories that filter on it")
 
 
-class EntityView(Config):
+class EntityView(_View):
     """One row a user, or an item."""
 
     path: str
@@ -209,12 +279,15 @@ class EntityView(Config):
 
 
 class Views(Config):
-    """Where each view is (a file, a folder or a pattern, relative to the folder of views), and its key columns."""
+    """Where each view is, relative to the folder of views (a file, a folder or a pattern), and its key columns."""
 
     impressions: ImpressionsView
     events: EventsView | None = None
     users: EntityView | None = None
     items: EntityView | None = None
+    negative_keys: Literal["quarantine", "keep"] = Field(
+        "quarantine", description="negative keys mostly stand for nobody; keep them where keys are signed hashes"
+    )
 
 
 class Schema(Config):
