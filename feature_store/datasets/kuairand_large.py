@@ -203,7 +203,7 @@ def _write_videos(path: Path, folder: Path, rows_read: dict[str, int], findings:
     whole = [name for name, kind in kinds.items() if kind == "int"]
     unknown = dict.fromkeys(("video_type", "upload_type"), 0)
     with ViewWriter(folder / "items.parquet") as writer:
-        for first_row, text in text_batches(path, list(kinds), separator=",", has_header=True):
+        for first_row, text in text_batches(path, list(kinds), separator=",", has_header=True, is_quoted=True):
             # Columns with missing values are written as 12.0 by the tool that made the files.
             batch = text.with_columns(pl.col(whole).str.strip_suffix(".0"))
             batch = whole_numbers(batch, ["video_id"], path, first_row, required=True)

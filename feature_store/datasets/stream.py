@@ -34,14 +34,21 @@ def find_file(raw_dir: Path, names: Sequence[str]) -> Path:
 
 
 def text_batches(
-    path: Path, columns: Sequence[str], *, separator: str, has_header: bool, chosen: Sequence[str] | None = None
+    path: Path,
+    columns: Sequence[str],
+    *,
+    separator: str,
+    has_header: bool,
+    is_quoted: bool = False,
+    chosen: Sequence[str] | None = None,
 ) -> Iterator[tuple[int, pl.DataFrame]]:
-    """Reads delimited text, plain or ``.gz``, as text columns; nothing is quoted, an empty field is null.
+    """Reads delimited text, plain or ``.gz``, as text columns; an empty field is null.
 
     Args:
         columns: of the file, in order; of a file with a header, those that it must have, in any order.
         separator: one character.
         has_header: whether the first line names the columns.
+        is_quoted: whether ``"`` may hold separators together; else it is a character like any other.
         chosen: those to read; all of ``columns`` if not given.
 
     Yields:
@@ -63,7 +70,7 @@ def text_batches(
         column_names=None if has_header else list(columns),
         encoding="utf8",
     )
-    parse = pa.csv.ParseOptions(delimiter=separator, quote_char=False, invalid_row_handler=refuse)
+    parse = pa.csv.ParseOptions(delimiter=separator, quote_char='"' if is_quoted else False, invalid_row_handler=refuse)
     convert = pa.csv.ConvertOptions(
         column_types=dict.fromkeys(columns, pa.large_string()),
         include_columns=chosen,
@@ -79,7 +86,8 @@ def text_batches(
                 first_row += frame.height
     except pa.ArrowKeyError as err:
         with open_text(path) as file:
-            header = file.readline().decode("utf-8", "replace").rstrip("\r\n").split(separator)
+            first_line = file.read(1 << 16).decode("utf-8", "replace").partition("\n")[0]
+        header = [name.strip('"') for name in first_line.rstrip("\r").split(separator)]
         missing = [name for name in chosen if name not in header]
         raise SourceError(
             f"{path} must have the column{'s' if len(missing) > 1 else ''} {', '.join(missing)}",
