@@ -267,8 +267,9 @@ def _csv_batches(
             pass
     if found:
         row, got = found[0]
+        model = "as the first row has" if spec.columns is None else "as format.columns has"
         raise SourceError(
-            f"{file.name}: row {row} must have {len(names)} fields, as the first row has, got {got}"
+            f"{file.name}: row {row} must have {len(names)} fields, {model}, got {got}"
             + ("; more such rows follow" if len(found) > 1 else ""),
             hint="the file may be cut short, a field with the separator may lack its quotes, or a quote its end "
             "(row 1 is the first line, blank lines are not counted)",
@@ -341,12 +342,14 @@ def _split_fields(file: DataFile, spec: CsvFormat, chunks: Chunks) -> Iterator[p
     names = spec.columns
     for number, lines in chunks:
         fields = _numbered(lines, number).with_columns(pl.col("line").str.split(spec.separator))
-        if names is None and len(fields):
+        if names is None:
+            if len(fields) == 0:
+                continue
             names = tuple(fields["line"][0])
             _check_once(file, names)
             fields = fields[1:]
-        _check_widths(file, fields, len(names or ()), f"fields between {spec.separator}")
-        yield fields.select(pl.col("line").list.get(i).alias(name) for i, name in enumerate(names or ()))
+        _check_widths(file, fields, len(names), f"fields between {spec.separator}")
+        yield fields.select(pl.col("line").list.get(i).alias(name) for i, name in enumerate(names))
 
 
 def _numbered(lines: pl.Series, first: int) -> pl.DataFrame:
@@ -369,7 +372,9 @@ def _split_entries(file: DataFile, chunks: Chunks) -> Iterator[pl.DataFrame]:
     for number, lines in chunks:
         cleaned = lines.str.strip_chars().str.replace_all(r"\s+", " ")
         entries = _numbered(cleaned, number).with_columns(pl.col("line").str.split(" "))
-        width = width or (len(entries["line"][0]) if len(entries) else 0)
+        if len(entries) == 0:
+            continue
+        width = width or len(entries["line"][0])
         _check_widths(file, entries, width, "entries (a label and index:value)")
         columns = [
             (pl.int_range(pl.len()) + row).cast(pl.String).alias("row"),

@@ -449,13 +449,14 @@ def _partitions(
     """The partition columns that are read, one value a file, all files of one type."""
     found = [partition_values(file) for file in files]
     keys = [name for name in names if any(name in values for values in found)]
+    model = {key: next(f for f, values in zip(files, found, strict=True) if key in values) for key in keys}
     for file, one, values in zip(files, opened, found, strict=True):
         for key in keys:
             if key in values and key in one.names:
                 raise SourceError(f"{file.name}: column {key!r} must be in the file or in its path, got both")
             if key not in values and key not in one.names:
                 raise SourceError(
-                    f"{file.name}: column {key!r} must be in the path as in that of {files[0].name}, but is not",
+                    f"{file.name}: column {key!r} must be in the path as in that of {model[key].name}, but is not",
                     hint=f"move the file to a folder {key}=<value>",
                 )
     typed: dict[str, pl.DataType] = {}
