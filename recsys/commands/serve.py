@@ -36,7 +36,7 @@ def serve(
         "artifact": artifact,
         "host": host,
         "port": port,
-        "features": None if features is None else str(features),
+        "features": features,
         "tracking_uri": tracking_uri,
         "threads": threads,
         "engine": engine,
