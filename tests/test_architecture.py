@@ -71,6 +71,7 @@ RULES = {
     "recsys.commands": rule(" ".join(PACKAGES), f"typer rich click polars {ARRAYS}"),
     "feature_store": rule(STORED, f"{ARRAYS} polars pydantic rich"),
     "feature_store.files": rule(f"{STORED} feature_store", "fsspec"),
+    "feature_store.single_feature": rule(f"{STORED} recsys.metrics", ARRAYS),
     "feature_store.distributed": rule(f"{STORED} feature_store", f"{ARRAYS} polars pydantic rich ray"),
     "feature_store.online": rule(STORED, f"{ARRAYS} pydantic lmdb redis"),
     "training": rule("recsys feature_store", TRAINING),

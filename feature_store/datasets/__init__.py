@@ -5,6 +5,7 @@ writes a folder of views (``impressions.parquet``, ``events.parquet``, ``users.p
 schema named in its entry describes.
 """
 
+from feature_store.datasets import amazon, taobao
 from feature_store.datasets.aliccp import load_ali_ccp
 from feature_store.datasets.amazon import load_amazon_reviews
 from feature_store.datasets.avazu import load_avazu
@@ -40,6 +41,7 @@ DATASETS: dict[str, Dataset] = {
         raw_files=("reviews_CATEGORY_5.json.gz or CATEGORY_5.json.gz", "meta_CATEGORY.json.gz"),
         schema_file="configs/schema/amazon_reviews.yaml",
         load=load_amazon_reviews,
+        sampling=amazon.DEFAULT_SAMPLING,
         load_sampled=load_amazon_reviews,
     ),
     "avazu": Dataset(
@@ -113,6 +115,7 @@ DATASETS: dict[str, Dataset] = {
         raw_files=("UserBehavior.csv",),
         schema_file="configs/schema/taobao_userbehavior.yaml",
         load=load_taobao_userbehavior,
+        sampling=taobao.DEFAULT_SAMPLING,
         load_sampled=load_taobao_userbehavior,
     ),
 }

@@ -55,7 +55,8 @@ class Dataset:
         raw_files: what the raw folder must hold.
         schema_file: the schema of the views, relative to the project's root.
         load: ``load(raw_dir, output_dir, progress=None)`` reads the raw files and writes the views.
-        load_sampled: the same with how to draw negatives as its last argument; None for a set with impressions.
+        sampling: how negatives are drawn unless told otherwise; None for a set with impressions.
+        load_sampled: ``load`` with how to draw negatives as its last argument; None for a set with impressions.
     """
 
     name: str
@@ -65,4 +66,5 @@ class Dataset:
     raw_files: tuple[str, ...]
     schema_file: str
     load: Callable[[Path, Path, Progress | None], DatasetSummary]
+    sampling: NegativeSampling | None = None
     load_sampled: Callable[[Path, Path, Progress | None, NegativeSampling], DatasetSummary] | None = None
