@@ -210,14 +210,19 @@ class Codec:
         if (sizes & 7).any() or int(sizes.min()) < _HEADER.itemsize:
             raise _broken(self.name)
         starts = offsets_of(sizes >> 3)
-        headers = buffer[starts[:-1, None] + np.arange(_HEADER_WORDS)]
+        first = starts[:-1]
+        headers = np.stack([buffer[first], buffer[first + 1], buffer[first + 2]], axis=1)
         if ((headers[:, 0] & np.uint64(_START_MASK)) != self._start).any() or (headers[:, 1] != self.digest).any():
             self._refuse(headers)
         counts = (headers[:, 0] >> np.uint64(32)).astype(np.int64)
         # Records, then ids of bags, as the records say: at least the records must be there.
         if (_HEADER_WORDS + counts * self._words > sizes >> 3).any():
             raise _broken(self.name)
-        words = buffer[ranges(starts[:-1] + _HEADER_WORDS, counts * self._words)]
+        if (counts == counts[0]).all():
+            at = (first + _HEADER_WORDS)[:, None] + np.arange(int(counts[0]) * self._words)
+            words = buffer[at].reshape(-1)
+        else:
+            words = buffer[ranges(first + _HEADER_WORDS, counts * self._words)]
         return self._decoded(starts, buffer, counts, words, expires=headers[:, 2].view(np.int64))
 
     def _decoded(

@@ -17,7 +17,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
-from urllib.parse import parse_qs, urlencode, urlsplit, urlunsplit
+from urllib.parse import parse_qs, urlencode
 
 import redis
 from redis.backoff import NoBackoff
@@ -63,13 +63,13 @@ class Redis:
     """
 
     def __init__(self, url: str, *, timeout_s: float = 5.0) -> None:
-        parts = urlsplit(url)
-        query = parse_qs(parts.query)
+        address, _, asked = url.partition("?")
+        query = parse_qs(asked)
         namespace = query.pop("namespace", [NAMESPACE])[-1]
         self._prefix = namespace.encode() + b":"
-        # Without a password that the URL may hold.
-        self._shown = urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
-        plain = urlunsplit((parts.scheme, parts.netloc, parts.path, urlencode(query, doseq=True), ""))
+        scheme, _, place = address.partition("://")
+        self._shown = f"{scheme}://{place.rpartition('@')[2]}"  # without a password that the URL may hold
+        plain = f"{address}?{urlencode(query, doseq=True)}" if query else address
         try:
             # No command is repeated by the client: a compare-and-set that was done would then seem to have failed.
             self._client: Any = redis.Redis.from_url(

@@ -251,13 +251,8 @@ class OnlineStore:
             UnavailableError: the store does not answer.
         """
         names = list(self._histories) if histories is None else list(histories)
-        user_keys = self._checked_keys(users, "user_id")
-        asked = _prefixed(USER, user_keys)
-        for name in names:
-            asked += _prefixed(self._places[name], user_keys)
-        asked += self._item_keys(items)
-        found = self.backend.get(asked)
-        num_users, now = len(user_keys), self._now()
+        found = self.backend.get(self.request_keys(users, items, names))
+        num_users, now = len(users), self._now()
         events = {
             name: self._events(name, found[num_users * (1 + place) : num_users * (2 + place)], now)
             for place, name in enumerate(names)
@@ -267,6 +262,14 @@ class OnlineStore:
             self._entities(self._items, found[num_users * (1 + len(names)) :], now),
             events,
         )
+
+    def request_keys(self, users: Array, items: Array, histories: Sequence[str] | None = None) -> list[bytes]:
+        """Keys of all that :meth:`read` reads, in that order: users, their histories one by one, items."""
+        user_keys = self._checked_keys(users, "user_id")
+        asked = _prefixed(USER, user_keys)
+        for name in self._histories if histories is None else histories:
+            asked += _prefixed(self._places[name], user_keys)
+        return asked + self._item_keys(items)
 
     def users(self, keys: Array) -> Entities:
         """Features of ``(n,)`` users."""

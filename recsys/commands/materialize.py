@@ -21,7 +21,7 @@ def materialize(
         str | None,
         typer.Option(
             metavar="TIME",
-            help="Only events before this time, ISO 8601 with offset or UTC microseconds; all otherwise.",
+            help="Only events before it: ISO 8601 with offset, or UTC microseconds; all otherwise.",
         ),
     ] = None,
     keep_events: Annotated[

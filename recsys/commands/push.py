@@ -15,7 +15,7 @@ def push(
     store: StoreArgument,
     model: Annotated[
         Path,
-        typer.Option("--model", "-m", help="Artifact or training set of the store: its encoder encodes the event."),
+        typer.Option("--model", "-m", help="Artifact or training set whose encoder the store has."),
     ],
     events: Annotated[
         list[str] | None,

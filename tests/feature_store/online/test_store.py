@@ -145,9 +145,8 @@ def check(store: OnlineStore, reference: Reference, before: int) -> None:
         for place, user in enumerate(users):
             past = [] if user is None else [e for e in reference.history(history.name, user) if e[0] < before]
             assert got[events.offsets[place] : events.offsets[place + 1]] == past[-history.max_length :]
-            alone = cut(
-                store.history(history.name, pa.array([user], pa.int64())), np.array([before]), history.max_length
-            )
+            stored = store.history(history.name, pa.array([user], pa.int64()))
+            alone = cut(stored, np.array([before]), history.max_length)
             assert alone.times.tolist() == [when for when, _ in past[-history.max_length :]]
 
 
