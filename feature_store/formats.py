@@ -341,15 +341,17 @@ def _lines(
 def _split_fields(file: DataFile, spec: CsvFormat, chunks: Chunks) -> Iterator[pl.DataFrame]:
     names = spec.columns
     for number, lines in chunks:
-        fields = _numbered(lines, number).with_columns(pl.col("line").str.split(spec.separator))
+        rows = _numbered(lines, number)
         if names is None:
-            if len(fields) == 0:
+            if len(rows) == 0:
                 continue
-            names = tuple(fields["line"][0])
+            names = tuple(rows["line"][0].split(spec.separator))
             _check_once(file, names)
-            fields = fields[1:]
-        _check_widths(file, fields, len(names), f"fields between {spec.separator}")
-        yield fields.select(pl.col("line").list.get(i).alias(name) for i, name in enumerate(names))
+            rows = rows[1:]
+        found = rows.select("number", got=pl.col("line").str.count_matches(spec.separator, literal=True) + 1)
+        _check_widths(file, found, len(names), f"fields between {spec.separator}")
+        fields = rows["line"].str.split_exact(spec.separator, len(names) - 1)
+        yield fields.struct.rename_fields(list(names)).struct.unnest()
 
 
 def _numbered(lines: pl.Series, first: int) -> pl.DataFrame:
@@ -357,11 +359,11 @@ def _numbered(lines: pl.Series, first: int) -> pl.DataFrame:
     return frame.filter(pl.col("line").str.strip_chars() != "")
 
 
-def _check_widths(file: DataFile, fields: pl.DataFrame, wanted: int, words: str) -> None:
-    wrong = fields.filter(pl.col("line").list.len() != wanted)
+def _check_widths(file: DataFile, found: pl.DataFrame, wanted: int, words: str) -> None:
+    wrong = found.filter(pl.col("got") != wanted)
     if len(wrong):
         raise SourceError(
-            f"{file.name}: line {wrong['number'][0]} must have {wanted} {words}, got {len(wrong['line'][0])}"
+            f"{file.name}: line {wrong['number'][0]} must have {wanted} {words}, got {wrong['got'][0]}"
             + ("; more such lines follow" if len(wrong) > 1 else "")
         )
 
@@ -375,7 +377,8 @@ def _split_entries(file: DataFile, chunks: Chunks) -> Iterator[pl.DataFrame]:
         if len(entries) == 0:
             continue
         width = width or len(entries["line"][0])
-        _check_widths(file, entries, width, "entries (a label and index:value)")
+        found = entries.select("number", got=pl.col("line").list.len())
+        _check_widths(file, found, width, "entries (a label and index:value)")
         columns = [
             (pl.int_range(pl.len()) + row).cast(pl.String).alias("row"),
             pl.col("line").list.get(0).alias("label"),

@@ -75,6 +75,13 @@ class Views:
         self.sources = {v: settle_value_types(s, self._uses[v]) for v, s in self.sources.items()}
         self.quarantines = {view: Quarantine(source) for view, source in self.sources.items()}
 
+    def uses(self, view: str) -> tuple[Use, ...]:
+        """What a view's columns are read for; a column that is read twice counts once, as its first use reads it."""
+        by_column: dict[str, Use] = {}
+        for use in self._uses[view]:
+            by_column.setdefault(use.column, use)
+        return tuple(by_column.values())
+
     def _settle(self, columns: Mapping[str, str]) -> None:
         pairs = [(self.sources[view], column) for view, column in columns.items()]
         settled = settle_key_types(pairs, tolerance=self._max_fraction)

@@ -19,10 +19,12 @@ from typer.exceptions import TyperException
 from recsys.commands import (
     bench,
     build,
+    check,
     data,
     demo,
     evaluate,
     export,
+    inspect,
     materialize,
     push,
     score,
@@ -146,6 +148,8 @@ def recsys(
 
 
 app.command()(simulate.simulate)
+data.data.command()(inspect.inspect)
+data.data.command()(check.check)
 app.add_typer(data.data, name="data")
 app.command()(build.build)
 app.command()(train.train)

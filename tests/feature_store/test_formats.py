@@ -198,7 +198,7 @@ def test_what_is_wrong_at_an_address_is_named_by_it(tmp_path: Path, memory: str)
         file.write(b"PAR1")
     with pytest.raises(SourceError, match=r"^memory:///recsys-views/items\.parquet cannot be read as Parquet"):
         build_training_set(make_schema(views), config(tmp_path, views=memory))
-    with pytest.raises(SourceError, match="nosuch://x/impressions.parquet must be an address that fsspec knows"):
+    with pytest.raises(SourceError, match=r"nosuch://x/impressions\.parquet must be an address that fsspec knows"):
         build_training_set(make_schema(views), config(tmp_path, views="nosuch://x"))
 
 
