@@ -132,6 +132,6 @@ def _values(reference: pl.Series, current: pl.Series) -> Histogram:
         own = [by_value.get(value, 0) for value in top.to_list()]
         counts.append(np.array([*own, len(series) - series.null_count() - sum(own), series.null_count()], np.int64))
     seen = current.drop_nulls()
-    unseen = float((~seen.is_in(known["value"].implode())).mean() or 0.0) if len(seen) else 0.0
+    unseen = float(np.mean(~seen.is_in(known["value"].implode()).to_numpy())) if len(seen) else 0.0
     labels = (*(str(value) for value in top.to_list()), REST, MISSING)
     return Histogram(labels, counts[0], counts[1], unseen)

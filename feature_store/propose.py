@@ -224,7 +224,7 @@ def _views(
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     log = profiles["impressions"]
     user, item = _pick(log, roles.user, _USER, "user"), _pick(log, roles.item, _ITEM, "item")
-    time = roles.time if roles.time in log.columns else _pick(log, roles.time, _TIME, "time")
+    time = _pick(log, roles.time, _TIME, "time")
     views: dict[str, Any] = {"impressions": _log_view(log, user, item, time, comments, "impressions")}
     request = roles.request or next(
         (n for n in log.columns if re.search(_REQUEST, n.lower()) and n not in (user, item, time)), None
@@ -355,7 +355,7 @@ def _features(
         source = profiles.get(view) or profiles["impressions"]
         name = _free(own, taken, scope)
         count = source.columns[own].distinct or 0
-        feature = {"name": name, "scope": scope, "kind": "categorical"} | _renamed(name, own)
+        feature: dict[str, Any] = {"name": name, "scope": scope, "kind": "categorical"} | _renamed(name, own)
         if count > 1000:
             feature["encoder"] = {"kind": "vocabulary", "min_count": 2}
         yield feature
@@ -469,14 +469,14 @@ def _histories(
             comments["histories"] = f"event types, the most frequent first: {', '.join(kinds[:10])}"
     else:
         log = views["impressions"]
-        binary = next((t["label"] for t in tasks if "at_least" not in t), None)
-        shared = {k: v for k, v in log.items() if k != "request"}
-        views["events"] = shared if binary is None else {**shared, "type": binary}
+        columns = profiles["impressions"].columns
+        told = [t["label"] for t in tasks if "at_least" not in t and columns[t["label"]].kind != "number"]
+        views["events"] = {k: v for k, v in log.items() if k != "request"}
         comments["histories"] = "there is no view of events: the user's earlier rows of the log stand for them"
-        if binary is not None:
-            column = profiles["impressions"].columns[binary]
-            history["event_types"] = ["true" if column.kind == "boolean" else "1.0" if column.kind == "number" else "1"]
-            comments["histories"] += f", those with {binary}"
+        if told:
+            views["events"]["type"] = told[0]
+            history["event_types"] = ["true" if columns[told[0]].kind == "boolean" else "1"]
+            comments["histories"] += f", those with {told[0]}"
     items = [f["name"] for f in features if f["scope"] == "item" and f["kind"] != "dense"]
     return [history | {"attributes": items[:5], "max_length": 50}]
 

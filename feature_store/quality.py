@@ -30,6 +30,7 @@ from recsys.errors import ConfigError
 from recsys.schema import Dense, DriftRules, Expectation, Feature, Schema
 
 Status = Literal["pass", "warn", "fail"]
+_STATUSES: tuple[Status, ...] = ("fail", "warn", "pass")
 _WORSE: dict[str, int] = {"pass": 0, "warn": 1, "fail": 2}
 
 
@@ -139,7 +140,7 @@ class QualityReport:
             "checked_at": self.checked_at,
             "periods": {name: dict(period) for name, period in self.periods.items()},
             "rows": dict(self.rows),
-            "counts": {status: self.count(status) for status in ("fail", "warn", "pass")},  # type: ignore[arg-type]
+            "counts": {status: self.count(status) for status in _STATUSES},
             "checks": [asdict(c) for c in self.checks],
             "drift": drift,
             "columns": [asdict(c) for c in self.columns],
@@ -273,7 +274,7 @@ def _in_range(views: Views, rule: Expectation, facts: ColumnFacts, check: Any) -
         is_outside |= known < rule.lowest
     if rule.highest is not None:
         is_outside |= known > rule.highest
-    rate = float(is_outside.mean() or 0.0) if len(known) else 0.0
+    rate = float(np.mean(is_outside.to_numpy())) if len(known) else 0.0
     got = "no value" if facts.lowest is None else f"{facts.lowest:g} to {facts.highest:g}, {rate:.2%} outside"
     return check(words, got, rate, holds=rate <= rule.max_outside_rate)  # type: ignore[no-any-return]
 
@@ -387,5 +388,6 @@ def _comparable(joined: Joined, feature: Feature, series: pl.Series) -> pl.Serie
         assert not isinstance(feature, Dense)
         spec: Any = joined.schema.table_encoders[feature.table_name]
         moment = (series.cast(pl.Int64) + spec.utc_offset_minutes * 60_000_000).cast(pl.Datetime("us"))
-        return moment.dt.hour() if spec.kind == "hour_of_day" else moment.dt.weekday()
+        parts: pl.Series = moment.dt.hour() if spec.kind == "hour_of_day" else moment.dt.weekday()
+        return parts
     return series

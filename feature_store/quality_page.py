@@ -6,13 +6,13 @@ Every plot has its figures in a table below it; text that comes from the data is
 from __future__ import annotations
 
 import html
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from feature_store.drift import Histogram
-from feature_store.quality import Drift, QualityReport
+from feature_store.quality import Drift, QualityReport, Status
 
 _WORDS = {"pass": "passes", "warn": "warns", "fail": "fails"}
 _MAX_BARS = 24
@@ -20,7 +20,8 @@ _MAX_BARS = 24
 
 def quality_page(report: QualityReport) -> str:
     """The page as HTML."""
-    counts = ", ".join(f"{report.count(s)} {_WORDS[s][:-1]}" for s in ("fail", "warn", "pass"))  # type: ignore[arg-type]
+    statuses: tuple[Status, ...] = ("fail", "warn", "pass")
+    counts = ", ".join(f"{report.count(status)} {_WORDS[status]}" for status in statuses)
     periods = "; ".join(
         f"{name} {period['from']} to {period['to']} ({period['impressions']:,} impressions)"
         for name, period in report.periods.items()
@@ -93,7 +94,7 @@ def _status(status: str) -> str:
     return f'<span class="status {status}">{_WORDS[status]}</span>'
 
 
-def _table(heads: tuple[str, ...], rows: list[tuple[str, ...]], numbers: tuple[int, ...] = ()) -> str:
+def _table(heads: tuple[str, ...], rows: Sequence[tuple[str, ...]], numbers: tuple[int, ...] = ()) -> str:
     if not rows:
         return '<p class="quiet">Nothing is declared.</p>'
 

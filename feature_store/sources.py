@@ -69,7 +69,7 @@ MAX_TIME = 7_258_118_400_000_000
 _ACCEPTED: dict[Role, tuple[Kind, ...]] = {
     "key": ("integer", "text"),
     "time": ("integer", "timestamp", "local"),
-    "type": ("integer", "text"),
+    "type": ("integer", "text", "boolean"),
     "label": ("integer", "number", "boolean"),
     "value": ("integer", "text", "boolean", "number"),
     "number": ("integer", "number", "boolean"),
