@@ -97,6 +97,7 @@ UNLOADED = {
     "training.trainer": "ray mlflow pandas",
     "serving.scorer": "torchrec fbgemm_gpu polars pandas mlflow ray training feature_store",
     "serving.service": "torchrec fbgemm_gpu polars pandas mlflow ray training",
+    "serving.online_features": "torchrec fbgemm_gpu polars pandas mlflow ray training lmdb redis",
 }
 
 
