@@ -10,6 +10,11 @@ An item that the user interacted with at any time, before or after, is never dra
 differ from each other. Figures on sampled negatives say how well a model tells the drawn items from the chosen ones;
 they cannot be compared with figures on impressions, nor between ways of drawing. Write the way next to the figure: it
 is recorded in ``dataset.json``.
+
+The pool is the whole log, as in the papers, so an item that nobody has touched yet can be drawn. In a small slice of a
+log, where most items occur once, such draws teach a model that an item seen only as a negative is a bad one, and
+later it is the positive: in the slice of Taobao with 929 users, the share of positives by item, fitted on training,
+has an AUC of 0.21 on the next day. ``recsys data check-leaks`` shows this figure for every feature.
 """
 
 from __future__ import annotations

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Literal, Self
 
@@ -17,6 +19,7 @@ from recsys.errors import SourceError, nearest
 
 BLOCK_BYTES = 16 << 20
 """Text of one batch."""
+_MAX_LINE_BYTES = 64 << 20
 
 
 def find_file(raw_dir: Path, names: Sequence[str]) -> Path:
@@ -58,52 +61,105 @@ def text_batches(
         SourceError: the file cannot be read, lacks a column, or a line has another number of fields.
     """
     chosen = list(columns if chosen is None else chosen)
-    wrong: list[tuple[int | None, int, int]] = []
-
-    def refuse(row: pa.csv.InvalidRow) -> Literal["skip", "error"]:
-        wrong.append((row.number, row.expected_columns, row.actual_columns))
-        return "error"
-
-    read = pa.csv.ReadOptions(
-        use_threads=False,
-        block_size=BLOCK_BYTES,
-        column_names=None if has_header else list(columns),
-        encoding="utf8",
-    )
-    parse = pa.csv.ParseOptions(delimiter=separator, quote_char='"' if is_quoted else False, invalid_row_handler=refuse)
-    convert = pa.csv.ConvertOptions(
-        column_types=dict.fromkeys(columns, pa.large_string()),
-        include_columns=chosen,
-        null_values=[""],
-        strings_can_be_null=True,
-    )
-    first_row = 1
+    parse = partial(_parsed, path=path, chosen=chosen, separator=separator, is_quoted=is_quoted)
+    names = list(columns)
+    first_line = first_row = 1
     try:
-        with pa.csv.open_csv(str(path), read_options=read, parse_options=parse, convert_options=convert) as reader:
-            for batch in reader:
-                frame = pl.DataFrame(pa.Table.from_batches([batch]))
-                yield first_row, frame
-                first_row += frame.height
-    except pa.ArrowKeyError as err:
         with open_text(path) as file:
-            first_line = file.read(1 << 16).decode("utf-8", "replace").partition("\n")[0]
-        header = [name.strip('"') for name in first_line.rstrip("\r").split(separator)]
-        missing = [name for name in chosen if name not in header]
+            for block in _blocks(file, path):
+                text = block
+                if has_header and first_line == 1:
+                    header, _, text = block.partition(b"\n")
+                    names = _header_names(header, path, separator, chosen)
+                    first_line = 2
+                frame = parse(text, names, first_line)
+                if frame.height:
+                    yield first_row, frame
+                first_row += frame.height
+                first_line += text.count(b"\n")
+    except OSError as err:
+        raise SourceError(
+            f"{path} cannot be read after row {first_row - 1}", hint="the file may be cut short: fetch it again"
+        ) from err
+    if first_row == 1:
+        raise SourceError(f"{path} must have rows, got an empty file")
+
+
+def _blocks(file: pa.NativeFile, path: Path) -> Iterator[bytes]:
+    """Whole lines, about :data:`BLOCK_BYTES` at a time; ``pyarrow.csv.open_csv`` would read ahead without a bound."""
+    rest = b""
+    while block := file.read(BLOCK_BYTES):
+        rest += block
+        end = rest.rfind(b"\n") + 1
+        if end:
+            yield rest[:end]
+            rest = rest[end:]
+        elif len(rest) > _MAX_LINE_BYTES:
+            raise SourceError(f"{path} must have lines of at most {_MAX_LINE_BYTES >> 20} MiB")
+    if rest:
+        yield rest
+
+
+def _header_names(line: bytes, path: Path, separator: str, wanted: Sequence[str]) -> list[str]:
+    text = line.decode("utf-8-sig", "replace").rstrip("\r")
+    names = [name.strip('"') for name in text.split(separator)]
+    missing = [name for name in wanted if name not in names]
+    if missing:
         raise SourceError(
             f"{path} must have the column{'s' if len(missing) > 1 else ''} {', '.join(missing)}",
-            hint=f"{missing[0]}: {nearest(missing[0], header)}" if missing else None,
-        ) from err
-    except (pa.ArrowInvalid, OSError) as err:
+            hint=f"{missing[0]}: {nearest(missing[0], names)}",
+        )
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise SourceError(f"{path} must name each column once, got {twice} twice")
+    return names
+
+
+def _parsed(
+    text: bytes,
+    names: Sequence[str],
+    first_line: int,
+    *,
+    path: Path,
+    chosen: Sequence[str],
+    separator: str,
+    is_quoted: bool,
+) -> pl.DataFrame:
+    """Some lines as a table of text."""
+    if not text.strip():
+        return pl.DataFrame(schema=dict.fromkeys(chosen, pl.String))
+    wrong: list[tuple[int, int, int]] = []
+
+    def refuse(row: pa.csv.InvalidRow) -> Literal["skip", "error"]:
+        wrong.append((first_line - 1 + (row.number or 1), row.expected_columns, row.actual_columns))
+        return "error"
+
+    try:
+        table = pa.csv.read_csv(
+            io.BytesIO(text),
+            read_options=pa.csv.ReadOptions(
+                use_threads=False, block_size=len(text) + 1, column_names=list(names), encoding="utf8"
+            ),
+            parse_options=pa.csv.ParseOptions(
+                delimiter=separator, quote_char='"' if is_quoted else False, invalid_row_handler=refuse
+            ),
+            convert_options=pa.csv.ConvertOptions(
+                column_types=dict.fromkeys(names, pa.large_string()),
+                include_columns=list(chosen),
+                null_values=[""],
+                strings_can_be_null=True,
+            ),
+        )
+    except pa.ArrowInvalid as err:
         if wrong:
             number, expected, actual = wrong[0]
-            place = f"{path}:{number}" if number is not None else f"{path}: a line after row {first_row - 1}"
-            raise SourceError(f"{place} must have {expected} fields, got {actual}") from err
-        if "Empty CSV file" in str(err):
-            raise SourceError(f"{path} must have rows, got an empty file") from err
+            raise SourceError(f"{path}:{number} must have {expected} fields, got {actual}") from err
+        last_line = first_line + text.count(b"\n")
         raise SourceError(
-            f"{path} cannot be read after row {first_row - 1}",
-            hint="the file may be cut short, or not be UTF-8 text: fetch it again",
+            f"{path}: lines {first_line:,} to {last_line:,} must be delimited UTF-8 text",
+            hint="the file may be damaged: fetch it again",
         ) from err
+    return pl.DataFrame(table)
 
 
 def open_text(path: Path) -> pa.NativeFile:

@@ -5,6 +5,7 @@ import random
 from pathlib import Path
 
 import polars as pl
+import pyarrow as pa
 import pytest
 
 from feature_store.datasets import stream
@@ -163,3 +164,20 @@ def test_no_batch_is_larger_than_its_block(tmp_path: Path) -> None:
     shortest = min(len(criteo_line(n)) + 1 for n in range(500))
     assert sum(heights) == 500
     assert max(heights) <= 2000 // shortest + 1
+
+
+@pytest.mark.parametrize("name", ["train.txt", "train.txt.gz"])
+def test_a_file_is_not_read_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    block = 100_000
+    monkeypatch.setattr(stream, "BLOCK_BYTES", block)
+    lines = [criteo_line(n) for n in range(1_000)] * 30
+    path = write(tmp_path / "raw" / name, lines) / name
+    columns = [f"c{i}" for i in range(40)]
+    before, held = pa.total_allocated_bytes(), []
+    for _, batch in stream.text_batches(path, columns, separator="\t", has_header=False):
+        held.append(pa.total_allocated_bytes() - before)
+        del batch
+    size = sum(len(line) + 1 for line in lines)
+    assert size > 50 * block
+    # A block as text, its table with offsets, and that of the block before: not the file.
+    assert max(held) < 10 * block
