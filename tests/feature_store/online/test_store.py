@@ -242,3 +242,13 @@ def test_text_keys_of_any_length(training_set: TrainingSet, fresh: Fresh) -> Non
     found = store.users(pa.array([*users, None, "ä" * 5001]))
     assert found.is_known.tolist() == [True] * len(users) + [False, False]
     assert found.columns["age"][: len(users)].tolist() == training_set.users.array("age")[rows].tolist()
+
+
+def test_equal_times_stay_in_the_order_of_arrival(training_set: TrainingSet, fresh: Fresh) -> None:
+    store = OnlineStore(fresh(), training_set.encoder, limits=Limits())
+    for when, dwell in ((5, 1), (5, 30), (9, 2), (5, 250), (2, 3)):
+        store.push(Event(7, 1, when, "click", {"dwell": dwell}))
+    found = store.history("clicked", pa.array([7]))
+    assert found.times.tolist() == [2, 5, 5, 5, 9]
+    expected = store.encoder.encode("dwell", pa.array([3, 1, 30, 250, 2]))
+    np.testing.assert_array_equal(found.columns["dwell"], expected)
