@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import polars as pl
 import pyarrow as pa
 import pyarrow.csv as pa_csv
@@ -51,6 +52,7 @@ _BY_KIND: dict[str, FormatSpec] = {
 }
 _BLOCK_BYTES = 8 << 20
 _SHOWN = 3
+_BLANK, _BEYOND_ASCII = 0x20, 0x80
 _IN_LINE = "\x01"
 """A separator that no text holds: makes each line one field."""
 
@@ -175,10 +177,15 @@ def _arrow(file: DataFile, target: Path) -> pl.LazyFrame:
 
 def _staged(schema: pa.Schema, batches: Any, target: Path) -> pl.LazyFrame:
     """Record batches as a Parquet file, written in bounded memory."""
-    with pq.ParquetWriter(target, schema, compression="none") as writer:
+    with _writer(target, schema) as writer:
         for batch in batches:
             writer.write_batch(batch)
     return pl.scan_parquet(target, glob=False, hive_partitioning=False)
+
+
+def _writer(target: Path, schema: pa.Schema) -> pq.ParquetWriter:
+    """Of files that are read once, soon: dictionaries, statistics and compression would cost more than they save."""
+    return pq.ParquetWriter(target, schema, compression="none", use_dictionary=False, write_statistics=False)
 
 
 def _check_encoding(file: DataFile) -> None:
@@ -202,15 +209,24 @@ def _csv(file: DataFile, spec: CsvFormat, target: Path, names: list[str], wanted
     read = list(dict.fromkeys([*kept, names[-1]]))  # the last field is where an open quote shows
     text = pa.schema([(name, pa.large_string()) for name in kept])
     last = None
-    with pq.ParquetWriter(target, text, compression="none") as writer:
+    with _writer(target, text) as writer:
         for batch in _csv_batches(file, spec, names, read, threads=True):
-            frame = pl.from_arrow(batch)
-            assert isinstance(frame, pl.DataFrame)
-            writer.write_table(frame.select(kept).select(_cleaned()).to_arrow().cast(text))
-            last = frame[names[-1]][-1] if len(frame) else last
+            columns = [_stripped(batch.column(name)) for name in kept]
+            writer.write_batch(pa.record_batch(columns, schema=text))
+            last = batch.column(names[-1])[-1].as_py() if len(batch) else last
     if last and "\n" in last and not _ends_with_quote(file):
         raise SourceError(f"{file.name}: the quote in the last field of the last row must be closed, but never is")
     return pl.scan_parquet(target, glob=False, hive_partitioning=False)
+
+
+def _stripped(texts: Any) -> Any:
+    """Texts without the blanks around them; nothing is done where no text can have any."""
+    content = texts.buffers()[2]
+    held = np.empty(0, np.uint8) if content is None else np.frombuffer(content, np.uint8)
+    if not ((held <= _BLANK) | (held >= _BEYOND_ASCII)).any():
+        return texts
+    frame = pl.DataFrame({"text": pl.Series(texts, dtype=pl.String)}).select(_cleaned())
+    return frame.to_arrow(compat_level=pl.CompatLevel.oldest()).column(0).combine_chunks()
 
 
 def _cleaned() -> pl.Expr:
@@ -251,7 +267,8 @@ def _csv_batches(
     convert = pa_csv.ConvertOptions(
         column_types={name: pa.large_string() for name in names},
         include_columns=read_names,
-        strings_can_be_null=False,
+        strings_can_be_null=True,
+        null_values=[""],
         check_utf8=True,
     )
     try:
@@ -326,7 +343,7 @@ def _lines(
         for frame in split(chunks()):
             table = frame.select(_cleaned()).to_arrow()
             if writer is None:
-                writer = pq.ParquetWriter(target, table.schema, compression="none")
+                writer = _writer(target, table.schema)
             writer.write_table(table)
     except (pa.ArrowInvalid, UnicodeDecodeError) as err:
         _explain(file, ["line"], err)
