@@ -29,8 +29,19 @@ data = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="rich",
-    help="Public data sets, and checks of training sets. `recsys data NAME` is short for `recsys data convert NAME`.",
 )
+
+
+@data.callback()
+def group() -> None:
+    """Public data sets, and checks of data: `recsys data NAME` is short for `recsys data convert NAME`.
+
+    \b
+    Example:
+        recsys data list
+        recsys data frappe --raw downloads/frappe --output data/frappe
+        recsys data check-leaks configs/experiment/din_kuairand.yaml
+    """  # noqa: D301
 
 
 @data.command()
