@@ -193,7 +193,8 @@ def check_quality(
         checks = [c for e in schema.quality.expectations for c in _expected(views, e, measured[e.column, e.view], now)]
         joined = Joined.join(views, lambda _: None)
         checks += _broken_rows(views, data.max_quarantined_fraction)
-        chosen = periods or Periods.of_split(data, int(joined.requests.time.min(initial=0)))
+        times = joined.requests.time
+        chosen = periods or Periods.of_split(data, int(times[0]) if len(times) else 0)
         drift, shown = _drifts(joined, chosen)
         return QualityReport(
             name=schema.name,

@@ -117,7 +117,10 @@ def test_nothing_moves_between_halves_of_one_distribution(tmp_path: Path) -> Non
 
 
 def test_without_periods_training_is_compared_with_what_came_after(tmp_path: Path) -> None:
-    report = check(tmp_path, make_views(), make_schema(), periods=None)
+    frames = make_views()
+    report = check(tmp_path, frames, make_schema(), periods=None)
+    first = datetime.fromtimestamp(int(frames["impressions"]["time"].min()) / 1e6, UTC)  # type: ignore[arg-type]
+    assert report.periods["reference"]["from"] == first.isoformat(timespec="seconds")
     assert report.periods["current"]["from"] == datetime.fromtimestamp(SPLIT["train_end"] / 1e6, UTC).isoformat(
         timespec="seconds"
     )
