@@ -21,7 +21,7 @@ from __future__ import annotations
 import os
 import shutil
 import time as clock
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -32,12 +32,12 @@ from typing import Any
 import pyarrow as pa
 from pydantic import Field
 
+from feature_store.files import is_address, locate
 from feature_store.fit import fit_encoder
 from feature_store.joined import Joined
-from feature_store.sources import find_files
 from feature_store.split import SplitConfig, microseconds
 from feature_store.tables import write_tables
-from feature_store.views import Views, view_paths
+from feature_store.views import Views, view_format, view_paths
 from feature_store.workspace import exclusive, replacing, sync
 from recsys.config import Config, fingerprint
 from recsys.encoding import Encoder
@@ -54,12 +54,17 @@ BUILD_VERSION = 1
 class DataConfig(Config):
     """What a training set is built from, and where it goes."""
 
-    views: str = Field(min_length=1, description="folder that the schema's view paths are relative to")
+    views: str = Field(min_length=1, description="folder or fsspec address that view paths are relative to")
     training_set: str = Field(min_length=1, description="folder of the result; replaced if it holds a training set")
     split: SplitConfig
     max_quarantined_fraction: float = Field(
         0.1, ge=0.0, le=1.0, description="a view with a larger share of broken rows fails the build"
     )
+
+    @property
+    def views_root(self) -> str | Path:
+        """Where the views are: a folder here, or an address for fsspec."""
+        return self.views if is_address(self.views) else Path(self.views)
 
 
 @dataclass(frozen=True)
@@ -82,6 +87,8 @@ class BuildSummary:
         bytes: size of all files.
         seconds: time taken.
         skipped: the set was there already, built from the same inputs.
+        notes: what is no fault, but worth knowing: parts without rows, columns without values, histories longer than
+            what a batch reads, event types that never occur.
     """
 
     training_set: str
@@ -99,6 +106,7 @@ class BuildSummary:
     bytes: int
     seconds: float
     skipped: bool = False
+    notes: Sequence[str] = ()
 
     @property
     def num_rows(self) -> int:
@@ -151,13 +159,11 @@ def build_training_set(
 
 def _inputs(schema: Schema, data: DataConfig) -> dict[str, Any]:
     """Everything that decides what is built."""
-    root = Path(data.views)
-    files = []
-    for view, pattern in view_paths(schema).items():
-        for file in find_files(view, root, pattern):
-            status = file.stat()
-            name = file.relative_to(root).as_posix() if file.is_relative_to(root) else file.as_posix()
-            files.append({"view": view, "file": name, "bytes": status.st_size, "modified_ns": status.st_mtime_ns})
+    files = [
+        dict(located.identity)
+        for view, pattern in view_paths(schema).items()
+        for located in locate(view, data.views_root, pattern, view_format(schema, view))
+    ]
     return {
         "build_version": BUILD_VERSION,
         "format_version": FORMAT_VERSION,
@@ -187,7 +193,7 @@ def _build(
     stage("Opening the views")
     staging = folder / ".staging"
     limit = data.max_quarantined_fraction
-    views = Views(schema, Path(data.views), staging=staging, max_quarantined_fraction=limit)
+    views = Views(schema, data.views_root, staging=staging, max_quarantined_fraction=limit)
     joined = Joined.join(views, stage)
     splits = data.split.slices(joined.requests.time)
     _check_train(joined, splits["train"])
@@ -216,6 +222,7 @@ def _build(
         table_sizes=encoder.table_sizes,
         bytes=sum(int(entry["bytes"]) for entry in files.values()),
         seconds=round(clock.perf_counter() - began, 3),
+        notes=views.notes,
     )
     write_json(folder / "manifest.json", _manifest(schema, data, encoder, summary, inputs, files))
     return summary

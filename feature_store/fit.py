@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from feature_store.joined import Joined
+from feature_store.sources import VIEW_OF_SCOPE
 from recsys.encoding import Encoder, EncoderFitter
+from recsys.schema import Feature
 
 
 def fit_encoder(joined: Joined, train: slice, *, train_end: int, stage: Callable[[str], None]) -> Encoder:
@@ -24,6 +28,12 @@ def fit_encoder(joined: Joined, train: slice, *, train_end: int, stage: Callable
         stage: called with the name of each stage as it begins.
     """
     fitter = EncoderFitter(joined.schema)
+
+    def update(feature: Feature, column: pa.Array[Any], weights: np.ndarray | None = None) -> None:
+        if column.null_count == len(column):
+            _note_empty(joined, feature)
+        fitter.update(feature.name, column, weights)
+
     rows = joined.rows_of(train)
     rows_of_request = joined.requests.row_counts[train]
     shown_to = np.bincount(np.repeat(joined.user_row[train], rows_of_request), minlength=joined.users.num_rows)
@@ -32,21 +42,30 @@ def fit_encoder(joined: Joined, train: slice, *, train_end: int, stage: Callable
     for feature in joined.schema.features:
         stage(f"Fitting {feature.name}")
         if feature.scope == "user":
-            fitter.update(feature.name, joined.entity_column(feature), shown_to)
+            update(feature, joined.entity_column(feature), shown_to)
         elif feature.scope == "item":
             weights = shown.copy()
             for history in joined.schema.histories:
                 if feature.name in history.attributes:
                     events = joined.logs[history.name].item_row[is_past[history.name]]
                     weights += np.bincount(events, minlength=joined.items.num_rows)
-            fitter.update(feature.name, joined.entity_column(feature), weights)
+            update(feature, joined.entity_column(feature), weights)
         elif feature.scope == "context":
-            fitter.update(feature.name, joined.context_column(feature, train), rows_of_request)
+            update(feature, joined.context_column(feature, train), rows_of_request)
         else:
-            fitter.update(feature.name, joined.candidate_column(feature, rows))
+            update(feature, joined.candidate_column(feature, rows))
     for history in joined.schema.histories:
         for feature in history.event_features:
             stage(f"Fitting {feature.name}")
             weights = is_past[history.name].astype(np.int64)
-            fitter.update(feature.name, joined.event_column(feature, history.name), weights)
+            update(feature, joined.event_column(feature, history.name), weights)
     return fitter.finish()
+
+
+def _note_empty(joined: Joined, feature: Feature) -> None:
+    """Says that a feature has nothing to learn from."""
+    source = joined.views.sources.get(VIEW_OF_SCOPE[feature.scope])
+    if source is not None and source.num_rows:
+        joined.views.notes.append(
+            f"{source.place}: column {feature.source_column!r} (feature {feature.name!r}) is empty in every row"
+        )

@@ -184,10 +184,15 @@ def _event_logs(
 
 
 def _check_types(views: Views, history: History, types: pl.Series, is_chosen: pl.Series) -> None:
-    if len(types) == 0 or is_chosen.any():
-        return
     assert history.event_types is not None
     present = types.drop_nulls().unique().to_list()
+    absent = sorted(set(history.event_types) - set(present))
+    if len(types) == 0 or is_chosen.any():
+        views.notes += [
+            f"history {history.name!r}: there is no event of type {name!r} ({nearest(name, present)})"
+            for name in absent
+        ]
+        return
     raise SourceError(
         f"{views.sources['events'].place}: history {history.name!r} must find events of type "
         f"{', '.join(history.event_types)}, got none",

@@ -1,20 +1,23 @@
-"""Views as they lie on disk: Parquet or CSV, a file, a folder of parts or a pattern, checked against the schema.
+"""Views as they lie on disk, checked against the schema and read column by column.
 
-Parquet keeps its types. CSV has none: every column is staged as text, surrounding blanks removed, empty cells missing,
-and is converted by what the schema reads it for, so that both formats give the same training set:
+Formats that have types (Parquet, Arrow, JSON lines) keep them. Text (CSV, ``::``, libfm) has none: its columns are
+converted by what the schema reads them for, so that every format gives the same training set:
 
-* **keys** are integers or text, one type for all views that share them (:func:`settle_key_type`);
-* **times** are integers in the declared unit, or ISO 8601 text; without an offset it is UTC;
+* **keys** are integers or text, one type for all views that share them (:func:`settle_key_types`);
+  ``007`` is no integer;
+* **times** are integers in the declared unit, or ISO 8601 text; without a zone or an offset they are in the view's
+  time zone, UTC if none is declared;
 * **labels** are numbers, ``true`` or ``false``; **numbers** are numbers;
 * other **values** are integers if every one is written as an integer, else text.
 
 What cannot be converted is a broken row, and is set aside with its reason (:mod:`feature_store.quarantine`). A missing
-file, a missing column or a column of the wrong type is a :class:`~recsys.errors.SourceError`.
+file, a missing column or a column of the wrong type is a :class:`~recsys.errors.SourceError`. Columns of hive
+partitions (``date=2020-01-01/part.parquet``) are integers if every one is written as an integer, else text.
 """
 
 from __future__ import annotations
 
-import glob
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,22 +26,41 @@ from typing import Any, Literal
 import numpy as np
 import polars as pl
 import pyarrow as pa
-from polars.exceptions import PolarsError
 
+from feature_store.files import Located, find_files, locate, partition_values
+from feature_store.formats import READ_ERRORS, DataFile, Opened, format_of, open_file, reason_of
 from recsys.errors import SourceError, nearest
 from recsys.schema import (
     Categorical,
     DayOfWeek,
     Dense,
+    FormatSpec,
     HourOfDay,
     LogBuckets,
     MultiCategorical,
     QuantileBuckets,
     Schema,
+    Scope,
     TimeUnit,
 )
 
-Kind = Literal["integer", "number", "boolean", "text", "timestamp", "date", "list", "null", "other"]
+__all__ = [
+    "MAX_TIME",
+    "Kind",
+    "Role",
+    "Source",
+    "Use",
+    "feature_use",
+    "find_files",
+    "kind_of",
+    "locate",
+    "open_source",
+    "settle_key_types",
+    "settle_value_types",
+    "to_arrow",
+]
+
+Kind = Literal["integer", "number", "boolean", "text", "timestamp", "local", "date", "list", "null", "other"]
 Role = Literal["key", "time", "type", "label", "value", "number", "instant", "bag", "vector"]
 
 MAX_TIME = 7_258_118_400_000_000
@@ -46,19 +68,29 @@ MAX_TIME = 7_258_118_400_000_000
 
 _ACCEPTED: dict[Role, tuple[Kind, ...]] = {
     "key": ("integer", "text"),
-    "time": ("integer", "timestamp"),
-    "type": ("integer", "text"),
+    "time": ("integer", "timestamp", "local"),
+    "type": ("integer", "text", "boolean"),
     "label": ("integer", "number", "boolean"),
     "value": ("integer", "text", "boolean", "number"),
     "number": ("integer", "number", "boolean"),
-    "instant": ("integer", "timestamp", "date"),
+    "instant": ("integer", "timestamp", "local", "date"),
     "bag": ("list",),
     "vector": ("list",),
 }
 _UNITS_IN_SECOND: dict[str, int] = {"s": 1, "ms": 1_000, "us": 1_000_000, "ns": 1_000_000_000}
 _INTEGER_TEXT = r"^(0|-?[1-9][0-9]{0,18})$"
-_FORMATS = {"parquet": "Parquet", "csv": "CSV", None: "data"}
-_CSV_SUFFIXES = (".csv", ".csv.gz", ".tsv", ".tsv.gz")
+_SEPARATORS = ("::", ";", "\t", "|", ",")
+_DAY = 86_400_000_000
+
+
+VIEW_OF_SCOPE: dict[Scope, str] = {
+    "user": "users",
+    "item": "items",
+    "context": "impressions",
+    "candidate": "impressions",
+    "event": "events",
+}
+"""The view that features of a scope read."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +103,8 @@ class Use:
         reader: who reads it, as messages name it.
         time_unit: unit of integer times.
         separator: of text that holds several values.
+        time_zone: of times without zone or offset.
+        is_negative_kept: whether a negative key is a key.
     """
 
     column: str
@@ -78,10 +112,17 @@ class Use:
     reader: str
     time_unit: TimeUnit = "us"
     separator: str | None = None
+    time_zone: str = "UTC"
+    is_negative_kept: bool = False
 
 
 def feature_use(schema: Schema, feature: Categorical | MultiCategorical | Dense) -> Use:
     """How a feature reads its column."""
+    view = getattr(schema.views, VIEW_OF_SCOPE[feature.scope])
+    return replace(_feature_use(schema, feature), time_zone="UTC" if view is None else view.time_zone)
+
+
+def _feature_use(schema: Schema, feature: Categorical | MultiCategorical | Dense) -> Use:
     reader = f"feature {feature.name!r}"
     if isinstance(feature, Dense):
         return Use(feature.source_column, "number" if feature.dim == 1 else "vector", reader)
@@ -104,17 +145,21 @@ class Source:
         files: what it was found in, in reading order.
         num_rows: rows of all files together; a row's number among them is its *source row*.
         frame: the columns in use, lazily, in file order.
-        is_text: whether the columns are the untyped text of a CSV.
+        scans: the same a file.
+        is_text: whether the columns are untyped text.
         key_types: type of each key column, once settled.
+        notes: what is no fault, but worth knowing.
     """
 
     view: str
-    files: tuple[Path, ...]
+    files: tuple[DataFile, ...]
     num_rows: int
     frame: pl.LazyFrame
+    scans: tuple[pl.LazyFrame, ...]
     kinds: Mapping[str, Kind]
     is_text: bool
     key_types: Mapping[str, Kind]
+    notes: tuple[str, ...] = ()
 
     def read(self, expressions: Mapping[str, pl.Expr]) -> pl.DataFrame:
         """Evaluates expressions over all rows, in order.
@@ -124,8 +169,17 @@ class Source:
         """
         try:
             return self.frame.select(**expressions).collect()
-        except (PolarsError, OSError) as err:
-            raise SourceError(f"{self.place} cannot be read: {_first_line(err)}") from err
+        except READ_ERRORS as err:
+            raise SourceError(f"{self._broken_file()} cannot be read: {reason_of(err)}") from err
+
+    def _broken_file(self) -> str:
+        """The first file that cannot be read by itself; all of them if each can."""
+        for file, scan in zip(self.files, self.scans, strict=True):
+            try:
+                scan.collect()
+            except READ_ERRORS:
+                return file.name
+        return self.place
 
     def column(self, use: Use) -> pl.Series:
         """One typed column over all rows."""
@@ -134,7 +188,8 @@ class Source:
     @property
     def place(self) -> str:
         """The view's files, as messages name them."""
-        return str(self.files[0]) if len(self.files) == 1 else f"{self.files[0].parent} ({len(self.files)} files)"
+        first = self.files[0].name
+        return first if len(self.files) == 1 else f"{first.rpartition('/')[0]} ({len(self.files)} files)"
 
     def typed(self, use: Use) -> pl.Expr:
         """The column as its role reads it; what cannot be converted is null, and one of :meth:`problems`."""
@@ -142,13 +197,15 @@ class Source:
         kind = self.kinds[use.column]
         role: Role = "key" if use.role == "value" and use.column in self.key_types else use.role
         if role == "key":
-            return raw.cast(pl.Int64 if self.key_types.get(use.column, kind) == "integer" else pl.String, strict=False)
+            if self.key_types.get(use.column, kind) != "integer":
+                return raw.cast(pl.String, strict=False)
+            return _whole(raw) if kind == "text" else raw.cast(pl.Int64, strict=False)
         if kind == "null":
             return raw.cast(_NULL_AS[role])
         if role == "time":
-            return _clipped_microseconds(raw, kind, use.time_unit)
+            return _clipped_microseconds(raw, kind, use)
         if role == "instant":
-            return _microseconds(raw, kind)
+            return _microseconds(raw, kind, use)
         if role == "type":
             return raw.cast(pl.String)
         if role in ("label", "number") and kind == "text":
@@ -164,19 +221,37 @@ class Source:
         """What can be wrong with a row's value: reasons, and expressions that are true where it is."""
         name, raw, typed = use.column, pl.col(use.column), self.typed(use)
         unreadable = raw.is_not_null() & typed.is_null()
+        kind = self.kinds[name]
         found: list[tuple[str, pl.Expr]] = []
         if use.role in ("key", "time"):
             found.append((f"{name} is null", raw.is_null()))
+        if use.role in ("time", "instant") and use.time_zone != "UTC" and kind in ("local", "text"):
+            clock = _local_clock(raw, kind)
+            zoned = {"ambiguous": "earliest", "non_existent": "null"}
+            is_skipped = clock.is_not_null() & clock.dt.replace_time_zone(use.time_zone, **zoned).is_null()  # type: ignore[arg-type]
+            found.append((f"{name} does not exist in {use.time_zone}", is_skipped))
+            is_shown_twice = clock.is_not_null() & _in_zone(clock, use.time_zone).is_null()
+            found.append((f"{name} is ambiguous in {use.time_zone}", is_shown_twice))
         if use.role == "time":
             found.append((f"{name} is not a time", unreadable))
             found.append((f"{name} is negative", typed < 0))
             found.append((f"{name} is not before 2200", typed >= MAX_TIME))
-        elif use.role == "instant" and self.is_text:
+        elif use.role == "instant" and kind == "text":
             found.append((f"{name} is not a time", unreadable))
-        elif use.role in ("label", "number") and self.is_text:
-            found.append((f"{name} is not a number", unreadable))
-        elif use.role in ("key", "value") and self.kinds[name] in ("integer", "text"):
+        elif use.role in ("label", "number"):
+            if kind == "text":
+                found.append((f"{name} is not a number", unreadable))
+            if kind in ("text", "number"):
+                found.append((f"{name} is infinite", typed.is_infinite()))
+        elif use.role == "vector" and kind == "list":
+            components = pl.element().cast(pl.Float64, strict=False)
+            found.append((f"{name} is infinite", raw.list.eval(components.is_infinite()).list.any()))
+        elif use.role in ("key", "value") and kind in ("integer", "text"):
             found.append((f"{name} is not a signed 64-bit integer", unreadable))
+            if use.role == "key" and self.key_types.get(name, kind) == "text":
+                found.append((f"{name} is empty", typed == ""))
+            elif use.role == "key" and not use.is_negative_kept:
+                found.append((f"{name} is negative", typed < 0))
         return found
 
     def integer_counts(self, column: str) -> tuple[int, int]:
@@ -204,35 +279,65 @@ _NULL_AS: dict[Role, pl.DataType | type[pl.DataType]] = {
 }
 
 
-def _clipped_microseconds(raw: pl.Expr, kind: Kind, unit: str) -> pl.Expr:
+def _whole(text: pl.Expr) -> pl.Expr:
+    """Integers of text that is written as one; ``007`` and ``+7`` are other texts than ``7``, not the same key."""
+    return pl.when(text.str.contains(_INTEGER_TEXT)).then(text.cast(pl.Int64, strict=False))
+
+
+def _clipped_microseconds(raw: pl.Expr, kind: Kind, use: Use) -> pl.Expr:
     """Times as UTC microseconds; those outside 1970 to 2200 end just outside: none wraps around or looks valid."""
     if kind == "timestamp":
         return raw.to_physical().clip(-1, MAX_TIME)
+    if kind == "local":
+        return _in_zone(_local_clock(raw, kind), use.time_zone).clip(-1, MAX_TIME)
+    unit = use.time_unit
     clipped = raw.cast(pl.Int64, strict=False).clip(-1, MAX_TIME // 1_000_000 * _UNITS_IN_SECOND[unit])
     scaled = clipped // 1_000 if unit == "ns" else clipped * (1_000_000 // _UNITS_IN_SECOND[unit])
-    return pl.coalesce(scaled, _parsed(raw).clip(-1, MAX_TIME)) if kind == "text" else scaled
+    return pl.coalesce(scaled, _parsed(raw, use.time_zone).clip(-1, MAX_TIME)) if kind == "text" else scaled
 
 
-def _microseconds(raw: pl.Expr, kind: Kind) -> pl.Expr:
+def _microseconds(raw: pl.Expr, kind: Kind, use: Use) -> pl.Expr:
     """Times that only features read: any year, integers in microseconds."""
     if kind in ("timestamp", "date"):
         return raw.cast(pl.Datetime("us")).to_physical()
+    if kind == "local":
+        return _in_zone(_local_clock(raw, kind), use.time_zone)
     whole = raw.cast(pl.Int64, strict=False)
-    return pl.coalesce(whole, _parsed(raw)) if kind == "text" else whole
+    return pl.coalesce(whole, _parsed(raw, use.time_zone)) if kind == "text" else whole
 
 
-def _parsed(text: pl.Expr) -> pl.Expr:
-    """ISO 8601 text as UTC microseconds; UTC where it has no offset."""
-    iso = text.str.replace(" ", "T", literal=True)
-    zoned = iso.str.to_datetime("%Y-%m-%dT%H:%M:%S%.f%#z", time_unit="us", time_zone="UTC", strict=False)
-    naive = iso.str.to_datetime("%Y-%m-%dT%H:%M:%S%.f", time_unit="us", strict=False)
-    return pl.coalesce(zoned.to_physical(), naive.to_physical())
+def _parsed(text: pl.Expr, zone: str) -> pl.Expr:
+    """ISO 8601 text as UTC microseconds; in ``zone`` where it has no offset."""
+    zoned = _iso(text).str.to_datetime("%Y-%m-%dT%H:%M:%S%.f%#z", time_unit="us", time_zone="UTC", strict=False)
+    naive = _naive_clock(text)
+    return pl.coalesce(zoned.to_physical(), naive.to_physical() if zone == "UTC" else _in_zone(naive, zone))
+
+
+def _iso(text: pl.Expr) -> pl.Expr:
+    return text.str.replace(" ", "T", literal=True)
+
+
+def _naive_clock(text: pl.Expr) -> pl.Expr:
+    """What the clock showed, of text without an offset."""
+    return _iso(text).str.to_datetime("%Y-%m-%dT%H:%M:%S%.f", time_unit="us", strict=False)
+
+
+def _local_clock(raw: pl.Expr, kind: Kind) -> pl.Expr:
+    """What the clock showed; years outside 1970 to 2200, which no zone database knows, end just outside."""
+    naive = _naive_clock(raw) if kind == "text" else raw
+    return naive.to_physical().clip(-_DAY, MAX_TIME + _DAY).cast(pl.Datetime("us"))
+
+
+def _in_zone(clock: pl.Expr, zone: str) -> pl.Expr:
+    """What the clock showed in a zone, as UTC microseconds; null where it never showed that, or did twice."""
+    zoned = clock.dt.replace_time_zone(zone, ambiguous="null", non_existent="null")
+    return zoned.dt.convert_time_zone("UTC").to_physical()
 
 
 def settle_key_types(sources: Iterable[tuple[Source, str]], *, tolerance: float) -> list[Source]:
     """Gives the key columns of several views one type.
 
-    A Parquet column decides; all of them must agree. Where there is only CSV, keys are integers if all but
+    A column that has a type decides; all of them must agree. Where there is only text, keys are integers if all but
     ``tolerance`` of the values are written as integers (the others are broken rows), else text.
 
     Args:
@@ -264,7 +369,7 @@ def settle_key_types(sources: Iterable[tuple[Source, str]], *, tolerance: float)
 
 
 def settle_value_types(source: Source, uses: Iterable[Use]) -> Source:
-    """Types the text columns of a CSV that hold plain values: integers if every one is, else text."""
+    """Types untyped columns that hold plain values: integers if every one is, else text."""
     if not source.is_text:
         return source
     columns = {u.column for u in uses if u.role == "value"} - set(source.key_types)
@@ -277,145 +382,149 @@ def settle_value_types(source: Source, uses: Iterable[Use]) -> Source:
     return replace(source, kinds=kinds, frame=source.frame.with_columns(casts))
 
 
-def open_source(view: str, root: Path, pattern: str, uses: Sequence[Use], *, staging: Path) -> Source:
+def open_source(
+    view: str,
+    root: str | Path,
+    pattern: str,
+    uses: Sequence[Use],
+    *,
+    staging: Path,
+    declared: FormatSpec | None = None,
+) -> Source:
     """Finds a view's files and checks their columns.
 
     Args:
         view: its name in the schema.
-        root: folder that ``pattern`` is relative to.
+        root: folder or address that ``pattern`` is relative to.
         pattern: a file, a folder of parts, or a glob pattern.
         uses: what the schema reads.
-        staging: folder for the Parquet form of a CSV.
+        staging: folder for files that are fetched or that have to be read once as a whole.
+        declared: format of the files; by their names if None.
 
     Raises:
         SourceError: no file, a file that cannot be read, a missing column, or one of the wrong type; all columns of a
             file at once.
     """
-    files = find_files(view, root, pattern)
-    is_text = files[0].name.endswith(_CSV_SUFFIXES)
-    scans = [_scan(file) for file in files]
-    schemas = [_schema_of(file, scan) for file, scan in zip(files, scans, strict=True)]
-    for file, columns in zip(files, schemas, strict=True):
-        _check(file, columns, uses, is_text=is_text)
+    located = locate(view, root, pattern, declared, cache=staging / "fetched")
     names = list(dict.fromkeys(u.column for u in uses))
-    kinds = _agreed_kinds(files, schemas, names)
-    if is_text:
-        scans = [
-            _staged(file, scan.select(names), staging / f"{view}-{position:05d}.parquet")
-            for position, (file, scan) in enumerate(zip(files, scans, strict=True))
-        ]
-    else:
+    files, opened = _open_all(view, located, declared, names, staging)
+    partitions = _partitions(files, opened, names)
+    scans = [_with_partitions(o.scan, p) for o, p in zip(opened, partitions, strict=True)]
+    schemas = [_schema_of(file, scan) for file, scan in zip(files, scans, strict=True)]
+    is_text = opened[0].typing == "text"
+    zones = {u.column: u.time_zone for u in uses}
+    for file, one, columns in zip(files, opened, schemas, strict=True):
+        _check(file, [*one.names, *(partitions[0] if partitions else ())], columns, uses, one)
+    kinds = _agreed_kinds(files, schemas, names, zones)
+    if not is_text:
         scans = [
             scan.select(_uniform(c, columns[c], kinds[c]) for c in names)
             for scan, columns in zip(scans, schemas, strict=True)
         ]
     frame = pl.concat(scans, how="vertical_relaxed") if len(scans) > 1 else scans[0]
     try:
-        num_rows = int(pl.concat([s.select(pl.len()) for s in scans]).collect().sum().item())
-    except (PolarsError, OSError) as err:
-        raise SourceError(f"{files[0].parent}: {view} cannot be read: {_first_line(err)}") from err
-    return Source(view, files, num_rows, frame, kinds, is_text, {})
+        counted = pl.concat([s.select(pl.len()) for s in scans]).collect().to_series().to_list()
+    except READ_ERRORS as err:
+        raise SourceError(f"{files[0].name}: {view} cannot be read: {reason_of(err)}") from err
+    notes = [f"{f.name} holds no rows" for f, n in zip(files, counted, strict=True) if n == 0 and len(files) > 1]
+    return Source(view, files, sum(counted), frame, tuple(scans), kinds, is_text, {}, tuple(notes))
 
 
-def find_files(view: str, root: Path, pattern: str) -> tuple[Path, ...]:
-    """The files of a view, in the order that numbers its rows.
-
-    Raises:
-        SourceError: there are none, or Parquet and CSV are mixed.
-    """
-    field = f"views.{view}.path"
-    path = root / pattern
-    if path.is_file():
-        files = [path]
-    elif path.is_dir():
-        files = [p for p in path.rglob("*") if p.is_file() and not _is_hidden(p.relative_to(path))]
-        files = [p for p in files if _format_of(p) is not None]
-    else:
-        files = [Path(p) for p in glob.glob(str(path), recursive=True) if Path(p).is_file()]  # noqa: PTH207 - any root
-    if not files:
-        beside = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-        place = "holds no Parquet or CSV file" if path.is_dir() else "does not exist"
-        raise SourceError(f"{field}: {path} {place}", hint=nearest(path.name, beside) if beside else None)
-    formats = {_format_of(f) for f in files}
-    if None in formats:
-        odd = next(f for f in files if _format_of(f) is None)
-        raise SourceError(f"{field}: {odd} must end in .parquet or {', '.join(_CSV_SUFFIXES)}")
-    if len(formats) > 1:
-        raise SourceError(
-            f"{field}: {path} must hold Parquet or CSV, got both", hint="give a pattern such as folder/*.parquet"
-        )
-    return tuple(sorted(files, key=lambda p: p.as_posix()))
+def _open_all(
+    view: str, located: Sequence[Located], declared: FormatSpec | None, names: Sequence[str], staging: Path
+) -> tuple[tuple[DataFile, ...], list[Opened]]:
+    files, opened = [], []
+    for position, found in enumerate(located):
+        spec = format_of(found.file.name, declared)
+        assert spec is not None
+        file = found.fetch()
+        files.append(file)
+        opened.append(open_file(file, spec, staging / f"{view}-{position:05d}.parquet", names))
+    return tuple(files), opened
 
 
-def _is_hidden(relative: Path) -> bool:
-    return any(part.startswith((".", "_")) for part in relative.parts)
+def _partitions(
+    files: Sequence[DataFile], opened: Sequence[Opened], names: Sequence[str]
+) -> list[dict[str, pl.Series]]:
+    """The partition columns that are read, one value a file, all files of one type."""
+    found = [partition_values(file) for file in files]
+    keys = [name for name in names if any(name in values for values in found)]
+    model = {key: next(f for f, values in zip(files, found, strict=True) if key in values) for key in keys}
+    for file, one, values in zip(files, opened, found, strict=True):
+        for key in keys:
+            if key in values and key in one.names:
+                raise SourceError(f"{file.name}: column {key!r} must be in the file or in its path, got both")
+            if key not in values and key not in one.names:
+                raise SourceError(
+                    f"{file.name}: column {key!r} must be in the path as in that of {model[key].name}, but is not",
+                    hint=f"move the file to a folder {key}=<value>",
+                )
+    typed: dict[str, pl.DataType] = {}
+    for key in keys:
+        given = [values[key] for values in found if values.get(key) is not None]
+        is_whole = all(re.match(_INTEGER_TEXT, value) and -(2**63) <= int(value) < 2**63 for value in given if value)
+        typed[key] = pl.Int64() if is_whole and given and opened[0].typing != "text" else pl.String()
+    return [
+        {key: pl.Series(key, [values[key]], dtype=pl.String).cast(typed[key]) for key in keys if key in values}
+        for values in found
+    ]
 
 
-def _format_of(file: Path) -> str | None:
-    if file.name.endswith((".parquet", ".pq")):
-        return "parquet"
-    return "csv" if file.name.endswith(_CSV_SUFFIXES) else None
+def _with_partitions(scan: pl.LazyFrame, values: Mapping[str, pl.Series]) -> pl.LazyFrame:
+    return scan.with_columns(pl.lit(v[0], dtype=v.dtype).alias(key) for key, v in values.items()) if values else scan
 
 
-def _scan(file: Path) -> pl.LazyFrame:
-    if _format_of(file) == "parquet":
-        return pl.scan_parquet(file, glob=False, hive_partitioning=False)
-    separator = "\t" if ".tsv" in file.name else ","
-    return pl.scan_csv(file, separator=separator, infer_schema=False, glob=False)
-
-
-def _schema_of(file: Path, scan: pl.LazyFrame) -> dict[str, pl.DataType]:
+def _schema_of(file: DataFile, scan: pl.LazyFrame) -> dict[str, pl.DataType]:
     try:
         return dict(scan.collect_schema())
-    except (PolarsError, OSError) as err:
-        raise SourceError(f"{file} cannot be read as {_FORMATS[_format_of(file)]}: {_first_line(err)}") from err
+    except READ_ERRORS as err:
+        raise SourceError(f"{file.name} cannot be read: {reason_of(err)}") from err
 
 
-def _staged(file: Path, scan: pl.LazyFrame, target: Path) -> pl.LazyFrame:
-    """A CSV as Parquet of text columns, written in bounded memory."""
-    stripped = pl.all().str.strip_chars()
-    cleaned = pl.when(stripped == "").then(None).otherwise(stripped).name.keep()
-    target.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        scan.select(cleaned).sink_parquet(target, compression="uncompressed", maintain_order=True)
-    except (PolarsError, OSError) as err:
-        raise SourceError(f"{file} cannot be read as CSV: {_first_line(err)}") from err
-    return pl.scan_parquet(target, glob=False, hive_partitioning=False)
-
-
-def _check(file: Path, columns: Mapping[str, pl.DataType], uses: Sequence[Use], *, is_text: bool) -> None:
+def _check(
+    file: DataFile, names: Sequence[str], columns: Mapping[str, pl.DataType], uses: Sequence[Use], opened: Opened
+) -> None:
     problems, hints = [], []
     for use in uses:
         if use.column not in columns:
             problems.append(f"column {use.column!r} must exist ({use.reader} reads it)")
-            hints.append(f"{use.column!r}: {nearest(use.column, columns)}")
+            hints.append(f"{use.column!r}: {nearest(use.column, names)}")
             continue
-        problem = _type_problem(use, columns[use.column], is_text=is_text)
+        problem = _type_problem(use, columns[use.column], opened)
         if problem is not None:
             problems.append(problem)
+    other = _other_separator(names) if opened.typing == "text" else None
+    if other is not None:
+        hints = [f"fields seem to be separated by {other!r}: declare format: {{kind: csv, separator: {other!r}}}"]
+    hint = "; ".join(dict.fromkeys(hints)) or None
     if len(problems) == 1:
-        raise SourceError(f"{file}: {problems[0]}", hint="; ".join(hints) or None)
+        raise SourceError(f"{file.name}: {problems[0]}", hint=hint)
     if problems:
-        raise SourceError(
-            f"{file}: {len(problems)} problems\n  " + "\n  ".join(problems), hint="; ".join(hints) or None
-        )
+        raise SourceError(f"{file.name}: {len(problems)} problems\n  " + "\n  ".join(problems), hint=hint)
 
 
-def _type_problem(use: Use, dtype: pl.DataType, *, is_text: bool) -> str | None:
+def _other_separator(names: Sequence[str]) -> str | None:
+    """What separates the fields of a text file that seems to have one column only."""
+    return next((c for c in _SEPARATORS if c in names[0]), None) if len(names) == 1 else None
+
+
+def _type_problem(use: Use, dtype: pl.DataType, opened: Opened) -> str | None:
     kind = kind_of(dtype)
     name = f"column {use.column!r} ({use.reader})"
     if use.role == "bag" and kind == "text":
         return None if use.separator else f"{name} must be a list, or its feature must give a separator, got text"
-    if is_text:
-        return f"{name} must be a list, which CSV cannot hold: use Parquet" if use.role == "vector" else None
+    if opened.typing == "text":
+        return f"{name} must be a list, which text cannot hold: use Parquet" if use.role == "vector" else None
+    if opened.typing == "json" and kind == "text" and use.role in ("time", "instant"):
+        return None
     if kind == "null" or kind in _ACCEPTED[use.role]:
         return None
-    accepted = " or ".join(_words(k) for k in _ACCEPTED[use.role])
+    accepted = " or ".join(_words(k) for k in _ACCEPTED[use.role] if k != "local")
     return f"{name} must hold {accepted}, got {str(dtype).lower()}"
 
 
-def kind_of(dtype: pl.DataType) -> Kind:
-    """What a Polars type holds, as far as the schema cares."""
+def kind_of(dtype: pl.DataType, zone: str = "UTC") -> Kind:
+    """What a Polars type holds, as far as the schema cares; ``zone`` is that of timestamps without one."""
     if dtype.is_integer():
         return "integer"
     if dtype.is_float() or dtype.is_decimal():
@@ -425,7 +534,7 @@ def kind_of(dtype: pl.DataType) -> Kind:
     if isinstance(dtype, (pl.String, pl.Categorical, pl.Enum)):
         return "text"
     if isinstance(dtype, pl.Datetime):
-        return "timestamp"
+        return "local" if dtype.time_zone is None and zone != "UTC" else "timestamp"
     if isinstance(dtype, pl.Date):
         return "date"
     if isinstance(dtype, (pl.List, pl.Array)):
@@ -439,21 +548,25 @@ def _inner(dtype: pl.List | pl.Array) -> pl.DataType:
 
 
 def _agreed_kinds(
-    files: Sequence[Path], schemas: Sequence[Mapping[str, pl.DataType]], names: Sequence[str]
+    files: Sequence[DataFile],
+    schemas: Sequence[Mapping[str, pl.DataType]],
+    names: Sequence[str],
+    zones: Mapping[str, str],
 ) -> dict[str, Kind]:
     """What each column holds in all parts; an all-null part takes the kind of the others."""
     kinds: dict[str, Kind] = {}
     for name in names:
         chosen: Kind = "null"
         for file, columns in zip(files, schemas, strict=True):
-            kind = kind_of(columns[name])
+            kind = kind_of(columns[name], zones[name])
             if {kind, chosen} == {"integer", "number"}:
                 kind = chosen = "number"
             if chosen == "null":
                 chosen = kind
             elif kind not in ("null", chosen):
                 raise SourceError(
-                    f"{file}: column {name!r} must hold {_words(chosen)} as in {files[0].name}, got {_words(kind)}",
+                    f"{file.name}: column {name!r} must hold {_words(chosen)} as in {files[0].path.name}, "
+                    f"got {_words(kind)}",
                     hint="write every part with the same types",
                 )
         kinds[name] = chosen
@@ -492,15 +605,12 @@ def _words(kind: Kind) -> str:
         "boolean": "booleans",
         "text": "text",
         "timestamp": "timestamps",
+        "local": "timestamps without a zone",
         "date": "dates",
         "list": "lists of values",
         "null": "nothing",
         "other": "values of an unsupported type",
     }[kind]
-
-
-def _first_line(err: BaseException) -> str:
-    return str(err).strip().splitlines()[0] if str(err).strip() else type(err).__name__
 
 
 def to_arrow(series: pl.Series) -> pa.Array[Any]:

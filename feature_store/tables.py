@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from feature_store.joined import Joined
@@ -44,10 +45,12 @@ def write_tables(
     for history in joined.schema.histories:
         stage(f"Writing events of {history.name}")
         _write_events(folder / "events" / f"{history.name}.arrow", joined, encoder, history.name)
+    long_histories = LongHistories(joined)
     for name, requests in splits.items():
         stage(f"Writing {name}")
         _write_impressions(folder / name / "impressions.arrow", joined, encoder, joined.rows_of(requests))
-        _write_requests(folder / name / "requests.arrow", joined, encoder, requests)
+        _write_requests(folder / name / "requests.arrow", joined, encoder, requests, long_histories)
+    joined.views.notes += long_histories.notes
 
 
 def _write_users(path: Path, joined: Joined, encoder: Encoder) -> None:
@@ -87,7 +90,45 @@ def _write_impressions(path: Path, joined: Joined, encoder: Encoder, rows: slice
     write_table(path, columns)
 
 
-def _write_requests(path: Path, joined: Joined, encoder: Encoder, requests: slice) -> None:
+class LongHistories:
+    """Counts the requests whose history is longer than what a batch reads of it.
+
+    Args:
+        joined: the data.
+    """
+
+    def __init__(self, joined: Joined) -> None:
+        self._limits = {history.name: history.max_length for history in joined.schema.histories}
+        self._longer = dict.fromkeys(self._limits, 0)
+        self._longest = dict.fromkeys(self._limits, 0)
+        self._seen = dict.fromkeys(self._limits, 0)
+
+    def see(self, name: str, length: np.ndarray) -> None:
+        """Counts some requests.
+
+        Args:
+            name: of the history.
+            length: ``(R,)`` int64, of each request's.
+        """
+        self._seen[name] += len(length)
+        self._longer[name] += int(np.count_nonzero(length > self._limits[name]))
+        self._longest[name] = max(self._longest[name], int(length.max(initial=0)))
+
+    @property
+    def notes(self) -> list[str]:
+        """One line a history that is cut somewhere."""
+        return [
+            f"history {name!r}: {longer:,} of {self._seen[name]:,} requests have one longer than max_length "
+            f"{self._limits[name]} (up to {self._longest[name]:,}): all is stored, a batch reads the newest "
+            f"{self._limits[name]}"
+            for name, longer in self._longer.items()
+            if longer
+        ]
+
+
+def _write_requests(
+    path: Path, joined: Joined, encoder: Encoder, requests: slice, long_histories: LongHistories
+) -> None:
     time, user_row = joined.requests.time[requests], joined.user_row[requests]
     columns: dict[str, EncodedColumn] = {
         USER_ROW: user_row,
@@ -95,7 +136,9 @@ def _write_requests(path: Path, joined: Joined, encoder: Encoder, requests: slic
         ROW_START: joined.requests.row_start[requests] - joined.rows_of(requests).start,
     }
     for name, log in joined.logs.items():
-        columns[start_column(name)], columns[end_column(name)] = history_slices(log, user_row, time)
+        start, end = history_slices(log, user_row, time)
+        columns[start_column(name)], columns[end_column(name)] = start, end
+        long_histories.see(name, end - start)
     for feature in joined.schema.features_of("context"):
         columns[feature.name] = _encoded(encoder, feature, joined.context_column(feature, requests))
     write_table(path, columns)

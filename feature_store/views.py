@@ -9,16 +9,16 @@ import numpy as np
 import polars as pl
 
 from feature_store.quarantine import Quarantine, first_problems
-from feature_store.sources import Source, Use, feature_use, open_source, settle_key_types, settle_value_types
-from recsys.schema import EventsView, Feature, ImpressionsView, Schema, Scope, Task
-
-VIEW_OF_SCOPE: dict[Scope, str] = {
-    "user": "users",
-    "item": "items",
-    "context": "impressions",
-    "candidate": "impressions",
-    "event": "events",
-}
+from feature_store.sources import (
+    VIEW_OF_SCOPE,
+    Source,
+    Use,
+    feature_use,
+    open_source,
+    settle_key_types,
+    settle_value_types,
+)
+from recsys.schema import EventsView, Feature, FormatSpec, ImpressionsView, Schema, Task
 
 
 def view_paths(schema: Schema) -> dict[str, str]:
@@ -34,31 +34,39 @@ def view_paths(schema: Schema) -> dict[str, str]:
     return paths
 
 
+def view_format(schema: Schema, view: str) -> FormatSpec | None:
+    """The declared format of a view; None if its files' names tell."""
+    declared = getattr(schema.views, view)
+    return None if declared is None else declared.format
+
+
 class Views:
     """Opened and checked views, and the broken rows of each.
 
     Args:
         schema: what the views hold.
-        root: folder that their paths are relative to.
-        staging: folder for the Parquet form of CSVs.
+        root: folder or address that their paths are relative to.
+        staging: folder for files that are fetched or that have to be read once as a whole.
         max_quarantined_fraction: of the rows of a view.
 
     Attributes:
         sources: by name; only the views that are read.
         quarantines: by name.
+        notes: what is no fault, but worth knowing.
 
     Raises:
         SourceError: a file or a column is missing or of the wrong type.
     """
 
-    def __init__(self, schema: Schema, root: Path, *, staging: Path, max_quarantined_fraction: float) -> None:
+    def __init__(self, schema: Schema, root: str | Path, *, staging: Path, max_quarantined_fraction: float) -> None:
         self.schema = schema
         self._max_fraction = max_quarantined_fraction
         self._uses = self._find_uses()
         self.sources: dict[str, Source] = {
-            view: open_source(view, root, path, self._uses[view], staging=staging)
+            view: open_source(view, root, path, self._uses[view], staging=staging, declared=view_format(schema, view))
             for view, path in view_paths(schema).items()
         }
+        self.notes: list[str] = [note for source in self.sources.values() for note in source.notes]
         self._settle({v: self.key_column(v, "user") for v in ("impressions", "events", "users") if v in self.sources})
         self._settle({v: self.key_column(v, "item") for v in ("impressions", "events", "items") if v in self.sources})
         request = schema.views.impressions.request
@@ -66,6 +74,13 @@ class Views:
             self._settle({"impressions": request})
         self.sources = {v: settle_value_types(s, self._uses[v]) for v, s in self.sources.items()}
         self.quarantines = {view: Quarantine(source) for view, source in self.sources.items()}
+
+    def uses(self, view: str) -> tuple[Use, ...]:
+        """What a view's columns are read for; a column that is read twice counts once, as its first use reads it."""
+        by_column: dict[str, Use] = {}
+        for use in self._uses[view]:
+            by_column.setdefault(use.column, use)
+        return tuple(by_column.values())
 
     def _settle(self, columns: Mapping[str, str]) -> None:
         pairs = [(self.sources[view], column) for view, column in columns.items()]
@@ -75,23 +90,31 @@ class Views:
     def _find_uses(self) -> dict[str, list[Use]]:
         """What the schema reads of each view, read or not."""
         views = self.schema.views
-        uses: dict[str, list[Use]] = {"impressions": _log_uses("impressions", views.impressions)}
+        uses: dict[str, list[Use]] = {"impressions": self._log_uses("impressions", views.impressions)}
         if views.impressions.request is not None:
-            uses["impressions"].append(Use(views.impressions.request, "key", "views.impressions.request"))
+            uses["impressions"].append(self._key_use(views.impressions.request, "views.impressions.request"))
         uses["impressions"] += [_label_use(task) for task in self.schema.tasks]
         if views.events is not None:
-            uses["events"] = _log_uses("events", views.events)
+            uses["events"] = self._log_uses("events", views.events)
             if views.events.type is not None:
                 uses["events"].append(Use(views.events.type, "type", "views.events.type"))
         if views.users is not None:
-            uses["users"] = [Use(views.users.key, "key", "views.users.key")]
+            uses["users"] = [self._key_use(views.users.key, "views.users.key")]
         if views.items is not None:
-            uses["items"] = [Use(views.items.key, "key", "views.items.key")]
+            uses["items"] = [self._key_use(views.items.key, "views.items.key")]
         for feature in self.schema.all_features:
             view = VIEW_OF_SCOPE[feature.scope]
             if view in uses and not self.reads_time(feature):
                 uses[view].append(feature_use(self.schema, feature))
         return uses
+
+    def _log_uses(self, view: str, columns: ImpressionsView | EventsView) -> list[Use]:
+        time = Use(columns.time, "time", f"views.{view}.time", columns.time_unit, time_zone=columns.time_zone)
+        keys = {"user": columns.user, "item": columns.item}
+        return [*(self._key_use(column, f"views.{view}.{key}") for key, column in keys.items()), time]
+
+    def _key_use(self, column: str, reader: str) -> Use:
+        return Use(column, "key", reader, is_negative_kept=self.schema.views.negative_keys == "keep")
 
     def reads_time(self, feature: Feature) -> bool:
         """Whether a feature reads its log's own time, which is known in microseconds whatever its unit."""
@@ -129,7 +152,8 @@ class Views:
         """``(num_rows,)`` int64: UTC microseconds, of valid rows; others have no meaning."""
         log = self._log(view)
         assert log is not None
-        return self.sources[view].column(Use(log.time, "time", view, log.time_unit)).fill_null(-1).to_numpy()
+        use = Use(log.time, "time", view, log.time_unit, time_zone=log.time_zone)
+        return self.sources[view].column(use).fill_null(-1).to_numpy()
 
     def event_types(self) -> pl.Series | None:
         """The type of every event as text; None if events have none."""
@@ -186,14 +210,6 @@ class Views:
         """
         self.quarantines[view].add(reason, source_rows)
         self.quarantines[view].enforce(self._max_fraction)
-
-
-def _log_uses(view: str, columns: ImpressionsView | EventsView) -> list[Use]:
-    return [
-        Use(columns.user, "key", f"views.{view}.user"),
-        Use(columns.item, "key", f"views.{view}.item"),
-        Use(columns.time, "time", f"views.{view}.time", columns.time_unit),
-    ]
 
 
 def _label_use(task: Task) -> Use:

@@ -16,7 +16,22 @@ import typer
 from typer.core import TyperGroup
 from typer.exceptions import TyperException
 
-from recsys.commands import bench, build, data, demo, evaluate, export, score, serve, simulate, train
+from recsys.commands import (
+    bench,
+    build,
+    check,
+    data,
+    demo,
+    evaluate,
+    export,
+    inspect,
+    materialize,
+    push,
+    score,
+    serve,
+    simulate,
+    train,
+)
 from recsys.errors import RecsysError
 
 AFTER_INTERRUPT = {
@@ -25,6 +40,7 @@ AFTER_INTERRUPT = {
     "simulate": "Run the same command again: nothing half-written is left behind.",
     "data": "Run the same command again: nothing half-written is left behind.",
     "export": "Run the same command again: nothing half-written is left behind.",
+    "materialize": "Run the same command again: it goes on where it stopped.",
     "score": "Run the same command again: nothing half-written is left behind.",
     "demo": "Run the same command again: stages that are done are kept, and training goes on from its last checkpoint.",
 }
@@ -134,12 +150,16 @@ def recsys(
 
 
 app.command()(simulate.simulate)
-app.command()(data.data)
+data.data.command()(inspect.inspect)
+data.data.command()(check.check)
+app.add_typer(data.data, name="data")
 app.command()(build.build)
 app.command()(train.train)
 app.command()(evaluate.evaluate)
 app.command()(export.export)
 app.command()(score.score)
+app.command()(materialize.materialize)
+app.command()(push.push)
 app.command()(serve.serve)
 app.command()(demo.demo)
 app.command()(bench.bench)

@@ -21,8 +21,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
+from zoneinfo import available_timezones
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from recsys.config import Config, InconsistentError, load_yaml, validate
 from recsys.errors import SchemaError, nearest
@@ -179,7 +180,76 @@ class Task(Config):
     )
 
 
-class ImpressionsView(Config):
+class ParquetFormat(Config):
+    """Parquet; columns keep their types."""
+
+    kind: Literal["parquet"] = "parquet"
+
+
+class ArrowFormat(Config):
+    """Arrow IPC, file or stream (Feather version 2 is the former); columns keep their types."""
+
+    kind: Literal["arrow"] = "arrow"
+
+
+class CsvFormat(Config):
+    """Text with a row a line and fields between separators; what a column holds, its use decides."""
+
+    kind: Literal["csv"] = "csv"
+    separator: str = Field(
+        ",", min_length=1, max_length=8, description="one character, or several such as '::', which nothing may quote"
+    )
+    columns: tuple[str, ...] | None = Field(
+        None, min_length=1, description="names in the order of the fields, of files without a header"
+    )
+    encoding: Literal["utf-8", "latin-1"] = "utf-8"
+
+    @model_validator(mode="after")
+    def _has_no_quotes(self) -> Self:
+        if any(c in self.separator for c in '"\r\n'):
+            raise ValueError("separator must hold no quote and no line end")
+        if self.columns is not None and len(set(self.columns)) < len(self.columns):
+            raise ValueError("columns must have different names")
+        return self
+
+
+class JsonLinesFormat(Config):
+    """One JSON object a line; a column has one type in all lines, and is missing where a line lacks it."""
+
+    kind: Literal["json_lines"] = "json_lines"
+
+
+class LibfmFormat(Config):
+    """``label index:value index:value ...``, as many entries in every line.
+
+    Columns are ``row`` (the line from 0, which can stand for the time that the format lacks), ``label``, and of the
+    j-th entry, from 1, ``x<j>`` (its index) and ``v<j>`` (its value).
+    """
+
+    kind: Literal["libfm"] = "libfm"
+
+
+FormatSpec = Annotated[
+    ParquetFormat | ArrowFormat | CsvFormat | JsonLinesFormat | LibfmFormat, Field(discriminator="kind")
+]
+
+
+def _known_zone(name: str) -> str:
+    known = available_timezones()
+    if name not in known:
+        raise ValueError(f"{name!r} is not a time zone, {nearest(name, known)}")
+    return name
+
+
+TimeZone = Annotated[str, AfterValidator(_known_zone)]
+
+
+class _View(Config):
+    format: FormatSpec | None = Field(None, description="of its files; by their names if not given")
+    time_zone: TimeZone = Field("UTC", description="of times that carry no zone or offset; integers are always UTC")
+
+
+class ImpressionsView(_View):
     """One row an impression."""
 
     path: str = "impressions.parquet"
@@ -190,7 +260,7 @@ class ImpressionsView(Config):
     request: str | None = Field(None, description="groups impressions; each is its own request if not given")
 
 
-class EventsView(Config):
+class EventsView(_View):
     """One row a past interaction."""
 
     path: str = "events.parquet"
@@ -201,7 +271,7 @@ class EventsView(Config):
     type: str | None = Field(None, description="column of the event type; needed by histories that filter on it")
 
 
-class EntityView(Config):
+class EntityView(_View):
     """One row a user, or an item."""
 
     path: str
@@ -209,16 +279,70 @@ class EntityView(Config):
 
 
 class Views(Config):
-    """Where each view is (a file, a folder or a pattern, relative to the folder of views), and its key columns."""
+    """Where each view is, relative to the folder of views (a file, a folder or a pattern), and its key columns."""
 
     impressions: ImpressionsView
     events: EventsView | None = None
     users: EntityView | None = None
     items: EntityView | None = None
+    negative_keys: Literal["quarantine", "keep"] = Field(
+        "quarantine", description="negative keys mostly stand for nobody; keep them where keys are signed hashes"
+    )
+
+
+ViewName = Literal["impressions", "events", "users", "items"]
+
+
+class Expectation(Config):
+    """What a column must be like; every rule that is given is checked, over all rows of the view."""
+
+    view: ViewName
+    column: str = Field(min_length=1, description="one that the schema reads")
+    max_null_rate: float | None = Field(None, ge=0.0, le=1.0, description="share of missing values")
+    lowest: float | None = Field(None, description="no number may be smaller")
+    highest: float | None = Field(None, description="no number may be larger")
+    max_outside_rate: float = Field(
+        0.0, ge=0.0, le=1.0, description="share of values that may lie outside all the same"
+    )
+    min_distinct: int | None = Field(None, ge=0)
+    max_distinct: int | None = Field(None, ge=0)
+    max_age_hours: float | None = Field(None, gt=0, description="of the newest time, when it is checked")
+    severity: Literal["fail", "warn"] = "fail"
+
+    @model_validator(mode="after")
+    def _expects_something(self) -> Self:
+        rules = ("max_null_rate", "lowest", "highest", "min_distinct", "max_distinct", "max_age_hours")
+        if all(getattr(self, rule) is None for rule in rules):
+            raise ValueError(f"must give at least one of {', '.join(rules)}")
+        for low, high in (("lowest", "highest"), ("min_distinct", "max_distinct")):
+            if None not in (getattr(self, low), getattr(self, high)) and getattr(self, low) > getattr(self, high):
+                raise ValueError(f"{low} must be at most {high}")
+        return self
+
+
+class DriftRules(Config):
+    """From where on a difference between two periods is a warning, or a failure.
+
+    Defaults of PSI: Siddiqi, Credit Risk Scorecards, 2006. Those of the Jensen-Shannon distance are where a small
+    change has these PSI: its square is then about PSI / (8 ln 2).
+    """
+
+    warn_psi: float = Field(0.1, gt=0.0)
+    fail_psi: float = Field(0.25, gt=0.0)
+    warn_js: float = Field(0.13, gt=0.0, le=1.0)
+    fail_js: float = Field(0.21, gt=0.0, le=1.0)
+    ignore: tuple[Name, ...] = Field((), description="features that are meant to change, such as the weekday")
+
+
+class Quality(Config):
+    """What ``recsys data check`` checks."""
+
+    expectations: tuple[Expectation, ...] = ()
+    drift: DriftRules = DriftRules()
 
 
 class Schema(Config):
-    """What the data is: views, features, histories, tasks.
+    """What the data is: views, features, histories, tasks; and what is expected of it.
 
     Example:
         >>> schema = Schema.load("configs/schema/simulated.yaml")  # doctest: +SKIP
@@ -232,6 +356,7 @@ class Schema(Config):
     features: tuple[Feature, ...] = Field(min_length=1)
     histories: tuple[History, ...] = ()
     tasks: tuple[Task, ...] = Field(min_length=1)
+    quality: Quality = Quality()
 
     @classmethod
     def load(cls, path: str | Path) -> Schema:
@@ -255,6 +380,7 @@ class Schema(Config):
         yield from self._table_problems()
         for history in self.histories:
             yield from self._history_problems(history)
+        yield from self._quality_problems()
 
     def _name_problems(self) -> Iterator[str]:
         taken: set[str] = set()
@@ -318,6 +444,38 @@ class Schema(Config):
         for feature in history.event_features:
             if feature.scope != "event":
                 yield f"{place}: event feature {feature.name!r} must have scope 'event', got {feature.scope!r}"
+
+    def _quality_problems(self) -> Iterator[str]:
+        read = self._columns_read()
+        for place, expected in enumerate(self.quality.expectations):
+            columns = read.get(expected.view, set())
+            if expected.column not in columns:
+                yield (
+                    f"quality.expectations.{place}: column {expected.column!r} of view {expected.view!r} is read by "
+                    f"nothing, {nearest(expected.column, columns)}"
+                )
+        names = [feature.name for feature in self.features] + [task.name for task in self.tasks]
+        for name in self.quality.drift.ignore:
+            if name not in names:
+                yield f"quality.drift.ignore: {name!r} is no feature and no task, {nearest(name, names)}"
+
+    def _columns_read(self) -> dict[str, set[str]]:
+        """Columns that something reads, by view."""
+        views = self.views
+        impressions = views.impressions
+        read = {"impressions": {impressions.user, impressions.item, impressions.time, *(t.label for t in self.tasks)}}
+        if impressions.request is not None:
+            read["impressions"].add(impressions.request)
+        if views.events is not None:
+            read["events"] = {views.events.user, views.events.item, views.events.time}
+            read["events"] |= set() if views.events.type is None else {views.events.type}
+        for name, entity in (("users", views.users), ("items", views.items)):
+            if entity is not None:
+                read[name] = {entity.key}
+        of_scope = {"user": "users", "item": "items", "event": "events"}
+        for feature in self.all_features:
+            read.setdefault(of_scope.get(feature.scope, "impressions"), set()).add(feature.source_column)
+        return read
 
     @property
     def all_features(self) -> tuple[Categorical | MultiCategorical | Dense, ...]:

@@ -147,8 +147,9 @@ class Assembler:
         problems: list[str] = []
         num_requests, num_rows = len(raw.time), len(raw.request_of_row)
         try:
-            user, is_known_user = self._entities("user", raw.users, raw.user, num_requests, problems)
-            item, is_known_item = self._entities("item", raw.items, raw.row, num_rows, problems)
+            stored = self.features.at(raw.users, raw.items)
+            user, is_known_user = self._entities(stored, "user", raw.users, raw.user, num_requests, problems)
+            item, is_known_item = self._entities(stored, "item", raw.items, raw.row, num_rows, problems)
         except EncodingError as err:  # keys of the wrong type: nothing else can be said of these rows
             raise RequestError(err.message) from err
         shown = self.schema.views.impressions
@@ -164,7 +165,7 @@ class Assembler:
         }
         histories, num_ignored = {}, 0
         for history in self.schema.histories:
-            events, ignored = self._history(history, raw, problems)
+            events, ignored = self._history(stored, history, raw, problems)
             num_ignored += ignored
             histories[history.name] = HistoryBatch(
                 torch.from_numpy(events.offsets),
@@ -184,13 +185,20 @@ class Assembler:
         return Assembled(batch, is_known_user, is_known_item, num_ignored)
 
     def _entities(
-        self, scope: Scope, keys: Array, given: Mapping[str, Given], n: int, problems: list[str]
+        self,
+        stored: FeatureSource,
+        scope: Scope,
+        keys: Array,
+        given: Mapping[str, Given],
+        n: int,
+        problems: list[str],
     ) -> tuple[dict[str, EncodedColumn], np.ndarray]:
         features = self._by_scope[scope]
-        return self._entity_columns(scope, features, keys, given, n, problems)
+        return self._entity_columns(stored, scope, features, keys, given, n, problems)
 
     def _entity_columns(
         self,
+        source: FeatureSource,
         scope: Scope,
         features: Sequence[Feature],
         keys: Array,
@@ -199,7 +207,7 @@ class Assembler:
         problems: list[str],
     ) -> tuple[dict[str, EncodedColumn], np.ndarray]:
         """Features of users or items: stored, or unknown but for the key, under what came with the requests."""
-        ask = self.features.users if scope == "user" else self.features.items
+        ask = source.users if scope == "user" else source.items
         key_column = self._user_key if scope == "user" else self._item_key
         stored, is_known = ask(keys, [f.name for f in features])
         columns: dict[str, EncodedColumn] = {}
@@ -249,22 +257,22 @@ class Assembler:
         assert base is not None
         return overlay(base, came.rows, encoded)
 
-    def _history(self, history: History, raw: RawBatch, problems: list[str]) -> tuple[Events, int]:
+    def _history(
+        self, source: FeatureSource, history: History, raw: RawBatch, problems: list[str]
+    ) -> tuple[Events, int]:
         """The events of R requests, and how many of those that came with them were not before them."""
         came = raw.histories.get(history.name)
         if came is None:
-            return self.features.history(history.name, raw.users, raw.time, history.max_length), 0
-        brought, num_ignored = self._given_events(history, came, raw.time, problems)
+            return source.history(history.name, raw.users, raw.time, history.max_length), 0
+        brought, num_ignored = self._given_events(source, history, came, raw.time, problems)
         if len(came.requests) == len(raw.time):
             return brought, num_ignored
         others = np.setdiff1d(np.arange(len(raw.time)), came.requests, assume_unique=True)
-        stored = self.features.history(
-            history.name, raw.users.take(pa.array(others)), raw.time[others], history.max_length
-        )
+        stored = source.history(history.name, raw.users.take(pa.array(others)), raw.time[others], history.max_length)
         return _interleaved([(came.requests, brought), (others, stored)], len(raw.time)), num_ignored
 
     def _given_events(
-        self, history: History, came: GivenHistory, time: np.ndarray, problems: list[str]
+        self, source: FeatureSource, history: History, came: GivenHistory, time: np.ndarray, problems: list[str]
     ) -> tuple[Events, int]:
         """Encodes events that came with requests: those strictly before, in order of time, the newest so many."""
         lengths = np.diff(came.offsets)
@@ -281,7 +289,9 @@ class Assembler:
         order = order[concatenated_ranges(ends - length, length)]
         attributes = self._attributes[history.name]
         try:
-            columns, _ = self._entity_columns("item", attributes, came.items, came.columns, len(came.items), problems)
+            columns, _ = self._entity_columns(
+                source, "item", attributes, came.items, came.columns, len(came.items), problems
+            )
         except EncodingError as err:
             raise RequestError(f"histories.{history.name}: {err.message}") from err
         known = {} if self._event_time is None else {self._event_time: times}

@@ -1,8 +1,8 @@
 """What is known of users, items and their histories without being told in a request.
 
 A :class:`FeatureSource` answers with encoded columns. :class:`SnapshotFeatures` reads them from memory-mapped tables:
-those that an artifact carries, or a whole training set. Sources never guess: who is not known gets the unknown
-values, and is reported as such.
+those that an artifact carries, or a whole training set; :mod:`serving.online_features` from an online store. Sources
+never guess: who is not known gets the unknown values, and is reported as such.
 
 Shapes: n entities, R requests, S events of all requests together.
 """
@@ -63,6 +63,14 @@ class FeatureSource(Protocol):
 
     has_users: bool
     has_items: bool
+
+    def at(self, users: Array, items: Array) -> FeatureSource:
+        """A source for one batch, which may have read all about its users and items at once; else this one.
+
+        Args:
+            users: ``(R,)`` keys, as they will be asked for.
+            items: ``(N,)`` keys, likewise.
+        """
 
     def users(self, keys: Array, features: Sequence[str]) -> Known:
         """User features of ``(n,)`` keys; null is an unknown user."""
@@ -128,6 +136,10 @@ class SnapshotFeatures:
             raise ArtifactError(f"{self.folder} must be encoded by the model's encoder, got another one's", hint=hint)
         self.has_users = (self.folder / "users.arrow").is_file()
         self.has_items = (self.folder / "items.arrow").is_file()
+
+    def at(self, users: Array, items: Array) -> FeatureSource:  # noqa: ARG002
+        """See :class:`FeatureSource`."""
+        return self
 
     def warm(self) -> None:
         """Opens the tables and indexes their keys, so that the first request need not."""
@@ -221,6 +233,10 @@ class NoFeatures:
 
     def __init__(self, encoder: Encoder) -> None:
         self._encoder = encoder
+
+    def at(self, users: Array, items: Array) -> FeatureSource:  # noqa: ARG002
+        """See :class:`FeatureSource`."""
+        return self
 
     def users(self, keys: Array, features: Sequence[str]) -> Known:
         """See :class:`FeatureSource`."""

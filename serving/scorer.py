@@ -20,6 +20,8 @@ from serving.assembler import Assembler
 from serving.features import FeatureSource, NoFeatures, SnapshotFeatures
 from serving.request import Key, RankRequest, RequestParser
 
+_ONLINE = ("lmdb:", "redis://", "rediss://", "unix://")
+
 
 @dataclass(frozen=True)
 class Ranking:
@@ -86,8 +88,8 @@ class Scorer:
 
         Args:
             artifact: its folder.
-            features: folder of stored features (see :class:`~serving.features.SnapshotFeatures`); the artifact's own
-                snapshot if not given.
+            features: folder of stored features (see :class:`~serving.features.SnapshotFeatures`), or an online store:
+                ``lmdb:PATH`` or ``redis://HOST:PORT/DB``; the artifact's own snapshot if not given.
             engine: see :class:`~recsys.predictor.Predictor`.
             verify: compare every file's checksum.
 
@@ -129,12 +131,18 @@ class Scorer:
         )
 
 
-def open_features(artifact: Artifact, folder: str | Path | None) -> SnapshotFeatures | NoFeatures:
-    """The stored features in a folder, or the artifact's own, or none.
+def open_features(artifact: Artifact, folder: str | Path | None) -> FeatureSource:
+    """The stored features in a folder or an online store, or the artifact's own, or none.
 
     Raises:
-        ArtifactError: the folder's features are not of the artifact's encoder.
+        ArtifactError: the features are not of the artifact's encoder.
+        SourceError: there is no such LMDB store.
+        UnavailableError: the online store does not answer.
     """
+    if isinstance(folder, str) and folder.startswith(_ONLINE):
+        from serving.online_features import OnlineFeatures
+
+        return OnlineFeatures.open(folder, artifact.encoder)
     chosen = artifact.features_folder if folder is None else Path(folder)
     if chosen is None:
         return NoFeatures(artifact.encoder)

@@ -60,7 +60,8 @@ class ServiceConfig(Config):
 
     artifact: str = Field(min_length=1, description="folder, models:/NAME@ALIAS or models:/NAME/VERSION")
     features: str | None = Field(
-        None, description="folder of stored features; the artifact's own snapshot if not given"
+        None,
+        description="folder of stored features, lmdb:PATH or redis://HOST:PORT/DB; the artifact's own if not given",
     )
     tracking_uri: str | None = Field(None, description="MLflow store of models:/; MLflow's own choice if not given")
     host: str = Field("127.0.0.1", min_length=1)

@@ -70,6 +70,8 @@ RULES = {
     "recsys.cli": rule(" ".join(PACKAGES), "typer rich click"),
     "recsys.commands": rule(" ".join(PACKAGES), f"typer rich click polars {ARRAYS}"),
     "feature_store": rule(STORED, f"{ARRAYS} polars pydantic rich"),
+    "feature_store.files": rule(f"{STORED} feature_store", "fsspec"),
+    "feature_store.single_feature": rule(f"{STORED} recsys.metrics", ARRAYS),
     "feature_store.distributed": rule(f"{STORED} feature_store", f"{ARRAYS} polars pydantic rich ray"),
     "feature_store.online": rule(STORED, f"{ARRAYS} pydantic lmdb redis"),
     "training": rule("recsys feature_store", TRAINING),
@@ -95,6 +97,7 @@ UNLOADED = {
     "training.trainer": "ray mlflow pandas",
     "serving.scorer": "torchrec fbgemm_gpu polars pandas mlflow ray training feature_store",
     "serving.service": "torchrec fbgemm_gpu polars pandas mlflow ray training",
+    "serving.online_features": "torchrec fbgemm_gpu polars pandas mlflow ray training lmdb redis",
 }
 
 

@@ -72,7 +72,7 @@ _KEY = ("time_ms", "user_id", "video_id")
 _LAST_HISTORY_DATE = 20220424
 _LOG_START_US = 1_649_347_200_000_000  # 2022-04-08T00:00+08:00
 _SECOND_US = 1_000_000
-_LOG_COLUMNS: dict[str, ColumnKind] = dict.fromkeys(
+LOG_COLUMNS: dict[str, ColumnKind] = dict.fromkeys(
     (
         "time_ms",
         "user_id",
@@ -98,7 +98,7 @@ _HISTORY_COLUMNS: dict[str, ColumnKind] = {
     "long_watch_seq": "int_list",
 }
 _COUNTS = ("follow_user_num", "fans_user_num", "friend_user_num", "register_days")
-_USER_COLUMNS: dict[str, ColumnKind] = {
+USER_COLUMNS: dict[str, ColumnKind] = {
     "user_id": "int",
     "user_active_degree": "text",
     "is_lowactive_period": "int",
@@ -108,7 +108,7 @@ _USER_COLUMNS: dict[str, ColumnKind] = {
     **{f"{name}_range": "text" for name in _COUNTS},
     **{f"onehot_feat{i}": "int" for i in range(18)},
 }
-_VIDEO_COLUMNS: dict[str, ColumnKind] = {
+VIDEO_COLUMNS: dict[str, ColumnKind] = {
     "video_id": "int",
     "author_id": "int",
     "video_type": "text",
@@ -152,7 +152,7 @@ def load_kuairand_pure(raw_dir: Path, output_dir: Path, progress: Progress | Non
     histories = _read_histories(raw_dir, log, rows_read)
     log = log.filter(pl.col("date") > _LAST_HISTORY_DATE)
     kept = log.unique().sort("time_ms", "user_id", "video_id", *(c for c in log.columns if c not in _KEY))
-    users, videos = _read_users(raw_dir, rows_read, findings), _read_videos(raw_dir, rows_read, findings)
+    users, videos = read_users(raw_dir / USERS_FILE, rows_read, findings), _read_videos(raw_dir, rows_read, findings)
     impressions = kept.select(
         "user_id",
         "video_id",
@@ -189,7 +189,7 @@ def _read_log(raw_dir: Path, rows_read: dict[str, int]) -> pl.DataFrame:
         )
     parts = []
     for path in paths:
-        part = read_table(path, _LOG_COLUMNS)
+        part = read_table(path, LOG_COLUMNS)
         for column in ("user_id", "video_id", "time_ms", "date"):
             if part[column].null_count():
                 raise SourceError(
@@ -231,9 +231,10 @@ def _read_histories(raw_dir: Path, log: pl.DataFrame, rows_read: dict[str, int])
     return histories.with_columns(lists.fill_null([])).sort("user_id")
 
 
-def _read_users(raw_dir: Path, rows_read: dict[str, int], findings: dict[str, int]) -> pl.DataFrame:
-    users = read_table(raw_dir / USERS_FILE, _USER_COLUMNS)
-    rows_read[USERS_FILE] = users.height
+def read_users(path: Path, rows_read: dict[str, int], findings: dict[str, int]) -> pl.DataFrame:
+    """The users view; counts what is missing in ``findings``."""
+    users = read_table(path, USER_COLUMNS)
+    rows_read[path.name] = users.height
     findings["users with is_live_streamer -124, read as missing"] = int((users["is_live_streamer"] == -124).sum())
     findings["users with user_active_degree UNKNOWN, read as missing"] = int(
         (users["user_active_degree"] == "UNKNOWN").sum()
@@ -244,7 +245,7 @@ def _read_users(raw_dir: Path, rows_read: dict[str, int], findings: dict[str, in
 
 
 def _read_videos(raw_dir: Path, rows_read: dict[str, int], findings: dict[str, int]) -> pl.DataFrame:
-    videos = read_table(raw_dir / VIDEOS_FILE, _VIDEO_COLUMNS)
+    videos = read_table(raw_dir / VIDEOS_FILE, VIDEO_COLUMNS)
     rows_read[VIDEOS_FILE] = videos.height
     for column in ("video_type", "upload_type"):
         findings[f"videos with {column} UNKNOWN, read as missing"] = int((videos[column] == "UNKNOWN").sum())

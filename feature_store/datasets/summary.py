@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from feature_store.datasets.negatives import NegativeSampling
+
 Progress = Callable[[int, int], None]
 """Called with the amount of work done and the whole amount."""
 
@@ -23,6 +25,8 @@ class DatasetSummary:
         findings: what was odd in the raw files, in words -> how many rows, users or items it concerns. Nothing listed
             here was dropped unless the words say so.
         num_events_by_type: event type -> rows, empty where events have no type.
+        split: the documented split, as ``data.split`` of an experiment takes it; empty where the set has none.
+        sampling: how negatives were drawn, and how many; empty where the set has impressions of its own.
     """
 
     name: str
@@ -31,6 +35,8 @@ class DatasetSummary:
     repeats_dropped: int
     findings: Mapping[str, int]
     num_events_by_type: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    split: Mapping[str, str | int] = dataclasses.field(default_factory=dict)
+    sampling: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types, as stored in ``dataset.json`` beside the views."""
@@ -49,6 +55,8 @@ class Dataset:
         raw_files: what the raw folder must hold.
         schema_file: the schema of the views, relative to the project's root.
         load: ``load(raw_dir, output_dir, progress=None)`` reads the raw files and writes the views.
+        sampling: how negatives are drawn unless told otherwise; None for a set with impressions.
+        load_sampled: ``load`` with how to draw negatives as its last argument; None for a set with impressions.
     """
 
     name: str
@@ -58,3 +66,5 @@ class Dataset:
     raw_files: tuple[str, ...]
     schema_file: str
     load: Callable[[Path, Path, Progress | None], DatasetSummary]
+    sampling: NegativeSampling | None = None
+    load_sampled: Callable[[Path, Path, Progress | None, NegativeSampling], DatasetSummary] | None = None

@@ -41,5 +41,6 @@ def build(
         for view, reasons in summary.quarantined.items()
         for reason, rows in reasons.items()
     }
+    facts |= {f"note {number}": note for number, note in enumerate(summary.notes, start=1)}
     facts |= {f"table {table} rows": rows for table, rows in summary.table_sizes.items()}
     print_facts(f"{experiment.data.training_set} ({state})", facts | {"size": f"{summary.bytes / 2**20:,.1f} MiB"})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -16,9 +15,12 @@ ArtifactArgument = Annotated[
     str, typer.Argument(metavar="ARTIFACT", help="Artifact folder, or models:/NAME@ALIAS of the registry.")
 ]
 Features = Annotated[
-    Path | None,
+    str | None,
     typer.Option(
-        "--features", help="Training set to read users, items and histories from; the artifact's own otherwise."
+        "--features",
+        metavar="FOLDER|STORE",
+        help="Where users, items and histories are read: a training set, lmdb:PATH or redis://HOST:PORT/DB; "
+        "the artifact's own otherwise.",
     ),
 ]
 TrackingUri = Annotated[

@@ -48,7 +48,7 @@ def serve(
         "artifact": artifact,
         "host": host,
         "port": port,
-        "features": None if features is None else str(features),
+        "features": features,
         "tracking_uri": tracking_uri,
         "threads": threads,
         "engine": engine,

@@ -19,7 +19,10 @@ from recsys import __version__
 from recsys.cli import AFTER_INTERRUPT, app
 from recsys.errors import DataError
 
-COMMANDS = ("simulate", "data", "build", "train", "evaluate", "export", "score", "serve", "demo", "bench")
+COMMANDS = (
+    *("simulate", "data", "build", "train", "evaluate", "export", "score"),
+    *("materialize", "push", "serve", "demo", "bench"),
+)
 HEAVY = {"torch", "torchrec", "polars", "mlflow", "ray", "numpy", "pyarrow", "pandas", "pydantic", "yaml", "uvicorn"}
 
 

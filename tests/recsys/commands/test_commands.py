@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -232,6 +233,51 @@ def test_data_lists_what_it_can_read() -> None:
     assert all(entry["raw_files"] and entry["licence"] for entry in listing.values())
     shown = invoke("data", "list").stdout
     assert all(name in shown for name in listing)
+
+
+def test_check_leaks_passes_an_honest_set_and_ends_with_its_own_status_on_a_leak(
+    place: Path, built: dict[str, Any], tmp_path: Path
+) -> None:
+    report = answer("data", "check-leaks", place / "tiny.yaml", "--rows", 60)
+    assert report["is_clean"]
+    assert (report["rows_recomputed"], report["differences"], report["late"]) == (60, [], [])
+    assert {f["task"] for f in report["features"]} == {"click", "like"}
+    shown = invoke("data", "check-leaks", place / "tiny.yaml", "--rows", 3)
+    assert shown.exit_code == 0
+    assert "no leak found" in shown.stdout
+    low = invoke("data", "check-leaks", place / "tiny.yaml", "--rows", 3, "--max-auc", 2)
+    assert low.exit_code == 2
+    views = tmp_path / "views"
+    shutil.copytree(place / "views", views)
+    impressions = pl.read_parquet(views / "impressions.parquet")
+    impressions.with_columns(pl.col("is_click").alias("position")).write_parquet(views / "impressions.parquet")
+    schema = yaml.safe_load((place / "schema.yaml").read_text())
+    schema["features"].append({"name": "position", "scope": "candidate", "kind": "categorical"})
+    (tmp_path / "schema.yaml").write_text(yaml.safe_dump(schema))
+    experiment = yaml.safe_load((place / "tiny.yaml").read_text())
+    experiment["data"] |= {"views": str(views), "training_set": str(tmp_path / "training_set")}
+    (tmp_path / "leaking.yaml").write_text(yaml.safe_dump(experiment))
+    answer("build", tmp_path / "leaking.yaml")
+    done = invoke("data", "check-leaks", tmp_path / "leaking.yaml")
+    assert done.exit_code == 3
+    assert "tells too much: position about click" in done.stdout
+
+
+def test_data_draws_negatives_as_told(tmp_path: Path) -> None:
+    (tmp_path / "raw").mkdir()
+    lines = [f"{n % 3},{n % 7},{n % 2},pv,{1511600000 + 9000 * n}" for n in range(60)]
+    (tmp_path / "raw" / "UserBehavior.csv").write_text("\n".join(lines))
+    told = ("--negatives", "uniform", "--per-positive", 3, "--seed", 9)
+    for views, command in (("a", ("data", "taobao_userbehavior")), ("b", ("data", "convert", "taobao_userbehavior"))):
+        summary = answer(*command, "--raw", tmp_path / "raw", "-o", tmp_path / views, *told)
+        assert summary["sampling"]["negatives"] == "uniform"
+        assert (summary["sampling"]["per_positive"], summary["sampling"]["seed"]) == (3, 9)
+    refused = invoke("data", "frappe", "--raw", tmp_path / "raw", "--negatives", "uniform")
+    assert refused.exit_code == 2
+    assert "need a data set without impressions" in refused.stderr
+    unknown = invoke("data", "taobao_userbehavior", "--raw", tmp_path / "raw", "--negatives", "popular")
+    assert unknown.exit_code == 2
+    assert "popularity" in unknown.stderr
 
 
 def test_data_names_what_is_missing(tmp_path: Path) -> None:

@@ -1,0 +1,658 @@
+"""The online store: encoded features of users and items, and users' newest events, by key.
+
+:class:`OnlineStore` knows features; what holds the bytes is a :class:`KeyValues`, an embedded database or a server, and
+knows nothing but keys and values. Everything about one request is read in one call of :meth:`KeyValues.get`: one
+transaction, or one round trip.
+
+Rules:
+
+* a history holds the newest ``keep`` events of a user, oldest first; equal times in the order of the log, then of their
+  arrival. Older ones are evicted;
+* a read sees events strictly before its time, the newest ``max_length`` of them, and of those only what is kept:
+  ``keep`` is at least ``max_length``, and what it has beyond is for requests that are older than the newest events;
+* a value with a TTL is unknown once it has expired, whether or not it was swept away; every write sets its expiry anew;
+* every value carries a digest of its encoder's fingerprint, and the store the fingerprint itself. Another encoder is
+  refused when a store is opened and, should the values have been replaced since, at the read.
+
+Shapes: n entities, R requests, S events of all requests together.
+"""
+
+from __future__ import annotations
+
+import json
+import time as clock
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from typing import Any, NamedTuple, Protocol, cast
+
+import numpy as np
+import pyarrow as pa
+from pydantic import Field
+
+from feature_store.online.codec import NEVER, Codec, Decoded, concatenated, expiry_of, ranges, refused, take_rows
+from recsys.config import Config
+from recsys.encoding.columns import Array, IntKeys, NoKeys, as_keys, offsets_of
+from recsys.encoding.encoder import EncodedColumn, Encoder, Ragged
+from recsys.errors import ArtifactError, ConfigError, DataError, EncodingError, IntegrityError, nearest
+from recsys.schema import Categorical, DayOfWeek, HourOfDay, Schema
+
+FORMAT = "recsys.online"
+FORMAT_VERSION = 1
+MAX_TIME = 7_258_118_400_000_000
+"""2200-01-01 in UTC microseconds; times lie before it, as in training."""
+
+META = b"m"
+"""Key of what the store says about itself."""
+USER = b"u"
+"""What the keys of users begin with."""
+ITEM = b"i"
+"""What the keys of items begin with."""
+_LONGEST_KEY = 400
+_NO_KEY = b"-"
+"""Asked for in place of a null key; nothing is stored there."""
+
+Key = int | str
+Change = Callable[[list[bytes | None]], Sequence[bytes | None]]
+"""From the values of keys to their new ones; None leaves a key as it is, no bytes remove it. May be called again."""
+
+
+class KeyValues(Protocol):
+    """Bytes by key. Safe to call from several threads, and from several processes at once."""
+
+    def get(self, keys: Sequence[bytes]) -> list[bytes | None]:
+        """The value of each key, as of one moment; None where there is none.
+
+        Raises:
+            UnavailableError: the store does not answer.
+        """
+
+    def update(self, keys: Sequence[bytes], change: Change) -> None:
+        """Changes the values of some keys together: all or none, and nothing in between is lost.
+
+        Raises:
+            UnavailableError: the store does not answer, or cannot take the values.
+        """
+
+    def scan(self, prefix: bytes) -> Iterator[tuple[bytes, bytes]]:
+        """Keys and values under a prefix, in any order; keys that change meanwhile may be given or not."""
+
+    def close(self) -> None:
+        """Lets go of files and connections."""
+
+
+class Limits(Config):
+    """What a store keeps. Decided when it is first written to; None means without limit."""
+
+    keep_events: int | None = Field(
+        None, ge=1, description="newest events of each history of a user; the history's max_length if not given"
+    )
+    user_ttl_s: float | None = Field(None, gt=0, description="users and their histories expire so long after a write")
+    item_ttl_s: float | None = Field(None, gt=0, description="items expire so long after a write")
+
+
+@dataclass(frozen=True)
+class Event:
+    """One event as it happens.
+
+    Attributes:
+        user: key.
+        item: key.
+        time: UTC microseconds.
+        type: decides which histories it belongs to; None where the events view has no types.
+        values: raw values by source column, of event features and of the item; these override what is stored of it.
+    """
+
+    user: Key
+    item: Key
+    time: int
+    type: str | None = None
+    values: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Entities(NamedTuple):
+    """Encoded features of n users or items.
+
+    Attributes:
+        columns: n rows each, by feature; unknown values where nothing is stored.
+        is_known: ``(n,)`` bool.
+    """
+
+    columns: dict[str, EncodedColumn]
+    is_known: np.ndarray
+
+
+class Events(NamedTuple):
+    """Stored events of R users, oldest first.
+
+    Attributes:
+        offsets: ``(R + 1,)`` int64.
+        times: ``(S,)`` int64, UTC microseconds.
+        columns: S rows each: the history's attributes and event features.
+    """
+
+    offsets: np.ndarray
+    times: np.ndarray
+    columns: dict[str, EncodedColumn]
+
+
+class Read(NamedTuple):
+    """What one call of :meth:`OnlineStore.read` found.
+
+    Attributes:
+        users: of R keys.
+        items: of N keys.
+        histories: all stored events of R users, by history; not yet cut at a time.
+    """
+
+    users: Entities
+    items: Entities
+    histories: dict[str, Events]
+
+
+class OnlineStore:
+    """Encoded features by key. Safe to call from several threads.
+
+    Args:
+        backend: what holds the bytes.
+        encoder: of the model. A store that another encoder wrote is refused.
+        limits: of a store that is new, or None for one that must exist. A store that exists keeps its own.
+        now: the clock, UTC microseconds.
+
+    Raises:
+        ArtifactError: the store holds values of another encoder, or nothing.
+        ConfigError: a limit contradicts the schema, or those of a store that exists.
+        IntegrityError: the store is of another format.
+        UnavailableError: it does not answer.
+    """
+
+    def __init__(
+        self,
+        backend: KeyValues,
+        encoder: Encoder,
+        *,
+        limits: Limits | None = None,
+        now: Callable[[], int] = lambda: clock.time_ns() // 1000,
+    ) -> None:
+        self.backend = backend
+        self.encoder = encoder
+        self.schema: Schema = encoder.schema
+        self._now = now
+        self._users = Codec(encoder, "user", [f.name for f in self.schema.features_of("user")], name="users")
+        self._items = Codec(encoder, "item", [f.name for f in self.schema.features_of("item")], name="items")
+        self._histories = {
+            h.name: Codec(
+                encoder,
+                "history",
+                [*h.attributes, *(f.name for f in h.event_features)],
+                name=f"events of {h.name!r}",
+            )
+            for h in self.schema.histories
+        }
+        # A digit, so that no history's name can begin like another's.
+        self._places = {h.name: b"h%d:" % place for place, h in enumerate(self.schema.histories)}
+        self._meta = self._open(limits)
+        self.limits = Limits(**self._meta["limits"])
+
+    def _open(self, limits: Limits | None) -> dict[str, Any]:
+        (found,) = self.backend.get([META])
+        if found is None:
+            if limits is None:
+                raise _empty()
+            self._check(limits)
+            fresh = {
+                "format": FORMAT,
+                "format_version": FORMAT_VERSION,
+                "schema_name": self.schema.name,
+                "encoder_fingerprint": self.encoder.fingerprint,
+                "limits": limits.model_dump(mode="json"),
+                "key_types": {"user_id": None, "item_id": None},
+                "materialized": None,
+            }
+            self.backend.update([META], lambda old: [_json_bytes(fresh) if old[0] is None else None])
+            (found,) = self.backend.get([META])
+        meta = _read_meta(found)
+        if meta["encoder_fingerprint"] != self.encoder.fingerprint:
+            raise refused("values")
+        if limits is not None and limits != Limits() and limits != Limits(**meta["limits"]):
+            raise ConfigError(
+                f"limits must be those that the store was made with, {meta['limits']}, "
+                f"got {limits.model_dump(mode='json')}",
+                hint="leave them out, or materialize into a new store",
+            )
+        return meta
+
+    def _check(self, limits: Limits) -> None:
+        longest = max((h.max_length for h in self.schema.histories), default=1)
+        if limits.keep_events is not None and limits.keep_events < longest:
+            raise ConfigError(
+                f"keep_events must be at least the longest max_length of a history, {longest}, "
+                f"got {limits.keep_events}",
+                hint="the model reads as many events: leave keep_events out",
+            )
+
+    def keep(self, history: str) -> int:
+        """How many events of a history a user keeps."""
+        return self.limits.keep_events or self.schema.history(history).max_length
+
+    # Reading
+
+    def read(self, users: Array, items: Array, histories: Sequence[str] | None = None) -> Read:
+        """Everything about some users and items, in one go.
+
+        Args:
+            users: ``(R,)`` keys; null is an unknown user.
+            items: ``(N,)`` keys; null is an unknown item.
+            histories: names; all if not given.
+
+        Raises:
+            ArtifactError: a value was encoded by another encoder.
+            EncodingError: keys are text where the store's are integers, or the reverse.
+            UnavailableError: the store does not answer.
+        """
+        names = list(self._histories) if histories is None else list(histories)
+        found = self.backend.get(self.request_keys(users, items, names))
+        num_users, now = len(users), self._now()
+        events = {
+            name: self._events(name, found[num_users * (1 + place) : num_users * (2 + place)], now)
+            for place, name in enumerate(names)
+        }
+        return Read(
+            self._entities(self._users, found[:num_users], now),
+            self._entities(self._items, found[num_users * (1 + len(names)) :], now),
+            events,
+        )
+
+    def request_keys(self, users: Array, items: Array, histories: Sequence[str] | None = None) -> list[bytes]:
+        """Keys of all that :meth:`read` reads, in that order: users, their histories one by one, items."""
+        user_keys = self._checked_keys(users, "user_id")
+        asked = _prefixed(USER, user_keys)
+        for name in self._histories if histories is None else histories:
+            asked += _prefixed(self._places[name], user_keys)
+        return asked + self._item_keys(items)
+
+    def users(self, keys: Array) -> Entities:
+        """Features of ``(n,)`` users."""
+        return self._entities(self._users, self.backend.get(self._user_keys(keys)), self._now())
+
+    def items(self, keys: Array) -> Entities:
+        """Features of ``(n,)`` items."""
+        return self._entities(self._items, self.backend.get(self._item_keys(keys)), self._now())
+
+    def history(self, name: str, users: Array) -> Events:
+        """All stored events of ``(R,)`` users."""
+        keys = self._checked_keys(users, "user_id", self._places[name])
+        return self._events(name, self.backend.get(keys), self._now())
+
+    def _entities(self, codec: Codec, found: Sequence[bytes | None], now: int) -> Entities:
+        decoded, is_known = _live(codec, found, now)
+        columns = decoded.columns
+        if is_known.all():
+            return Entities(columns, is_known)
+        return Entities({f: self._spread(f, columns[f], is_known) for f in codec.features}, is_known)
+
+    def _spread(self, feature: str, known: EncodedColumn, is_known: np.ndarray) -> EncodedColumn:
+        """A column of all entities from that of the known ones."""
+        column = self.encoder.unknown_column(feature, len(is_known))
+        if isinstance(known, Ragged):
+            lengths = np.zeros(len(is_known), np.int64)
+            lengths[is_known] = np.diff(known.offsets)
+            return Ragged(known.values, offsets_of(lengths))
+        assert isinstance(column, np.ndarray)
+        column = column.reshape(len(is_known), *known.shape[1:])
+        column[is_known] = known
+        return column
+
+    def _events(self, name: str, found: Sequence[bytes | None], now: int) -> Events:
+        codec = self._histories[name]
+        decoded, is_known = _live(codec, found, now)
+        offsets = decoded.offsets
+        if not is_known.all():
+            lengths = np.zeros(len(found), np.int64)
+            lengths[is_known] = np.diff(offsets)
+            offsets = offsets_of(lengths)
+        return Events(offsets, decoded.times, decoded.columns)
+
+    # Writing
+
+    def put_users(self, keys: Array, columns: Mapping[str, EncodedColumn]) -> None:
+        """Stores encoded features of ``(n,)`` users; their histories stay.
+
+        Raises:
+            EncodingError: a key is missing, or of another type than those of the store.
+            UnavailableError: the store does not answer.
+        """
+        names = self.claim("user_id", keys, USER)
+        values = self.encoded_users(columns, len(names))
+        self.backend.update(names, lambda _: values)
+
+    def put_items(self, keys: Array, columns: Mapping[str, EncodedColumn]) -> None:
+        """Stores encoded features of ``(n,)`` items.
+
+        Raises:
+            EncodingError: a key is missing, or of another type than those of the store.
+            UnavailableError: the store does not answer.
+        """
+        names = self.claim("item_id", keys, ITEM)
+        values = self.encoded_items(columns, len(names))
+        self.backend.update(names, lambda _: values)
+
+    def encoded_users(self, columns: Mapping[str, EncodedColumn], n: int) -> list[bytes]:
+        """The values of ``n`` users."""
+        return self._users.encode(columns, np.arange(n + 1), expires=self._expiry(self.limits.user_ttl_s))
+
+    def encoded_items(self, columns: Mapping[str, EncodedColumn], n: int) -> list[bytes]:
+        """The values of ``n`` items."""
+        return self._items.encode(columns, np.arange(n + 1), expires=self._expiry(self.limits.item_ttl_s))
+
+    def merged(self, name: str, stored: Sequence[bytes | None], events: Events, *, since: int | None) -> list[bytes]:
+        """The values of V users' histories after more events.
+
+        Args:
+            name: of the history.
+            stored: V values as they are.
+            events: of V users, each user's in order.
+            since: of what is stored, events before this time are replaced by ``events``; None keeps them all.
+        """
+        old = self._events(name, stored, self._now())
+        if since is not None and len(old.times):
+            old = _chosen(old, old.times >= since)
+        if len(old.times):
+            users = [np.repeat(np.arange(len(stored)), np.diff(e.offsets)) for e in (old, events)]
+            user, times = np.concatenate(users), np.concatenate([old.times, events.times])
+            # Equal times: the log before what arrived later; of pushes, in the order of arrival.
+            came = np.concatenate(
+                [np.full(len(old.times), int(since is not None)), np.full(len(events.times), int(since is None))]
+            )
+            order = np.lexsort((came, times, user))
+            columns = {f: take_rows(concatenated([old.columns[f], c]), order) for f, c in events.columns.items()}
+            lengths = np.diff(old.offsets) + np.diff(events.offsets)
+            events = Events(offsets_of(lengths), times[order], columns)
+        lengths = np.diff(events.offsets)
+        kept = np.minimum(lengths, self.keep(name))
+        if (kept < lengths).any():
+            rows = ranges(events.offsets[1:] - kept, kept)
+            columns = {f: take_rows(c, rows) for f, c in events.columns.items()}
+            events = Events(offsets_of(kept), events.times[rows], columns)
+        expires = self._expiry(self.limits.user_ttl_s)
+        return self._histories[name].encode(events.columns, events.offsets, events.times, expires=expires)
+
+    def push(self, event: Event) -> list[str]:
+        """Adds one event to the histories that it belongs to; the next read sees it.
+
+        An event that comes late is put in its place. Each push is one event: two equal ones are both kept, as in the
+        log. Materialising a log that reaches past the event's time replaces it by what the log says.
+
+        Returns:
+            Names of these histories; empty if its type is in none.
+
+        Raises:
+            DataError: time, type or a column is not one that the schema can take.
+            EncodingError: a value cannot be encoded.
+            UnavailableError: the store does not answer; whether the event was added is not known.
+        """
+        names = self._histories_of(event)
+        if not names:
+            return []
+        (user,) = self.claim("user_id", pa.array([event.user]))
+        rows = self._event_columns(event, names)
+        added = {
+            name: Events(np.array([0, 1]), np.array([event.time]), {f: rows[f] for f in self._histories[name].features})
+            for name in names
+        }
+
+        def change(stored: list[bytes | None]) -> list[bytes | None]:
+            return [
+                self.merged(name, [old], added[name], since=None)[0] for name, old in zip(names, stored, strict=True)
+            ]
+
+        self.backend.update([self._places[name] + user for name in names], change)
+        return names
+
+    def _histories_of(self, event: Event) -> list[str]:
+        if not 0 <= event.time < MAX_TIME:
+            raise DataError("time must lie between 1970 and 2200, in UTC microseconds, got another")
+        typed = [h for h in self.schema.histories if h.event_types is not None]
+        if typed and event.type is None:
+            assert self.schema.views.events is not None
+            raise DataError(
+                f"type must be given, history {typed[0].name!r} takes only some",
+                hint=f"it is the column {self.schema.views.events.type!r} of the events view",
+            )
+        return [h.name for h in self.schema.histories if h.event_types is None or event.type in h.event_types]
+
+    def _event_columns(self, event: Event, histories: Sequence[str]) -> dict[str, EncodedColumn]:
+        """Encoded attributes and event features of one event, one row each."""
+        specs = {f: self.schema.feature(f) for h in histories for f in self._histories[h].features}
+        known = {s.source_column for h in self._histories.values() for s in map(self.schema.feature, h.features)}
+        for column in event.values:
+            if column not in known:
+                raise DataError(f"{column!r} must be a column that a history reads", hint=nearest(column, known))
+        item = self.items(pa.array([event.item]))
+        views = self.schema.views
+        assert views.events is not None
+        key_column = views.items.key if views.items else views.impressions.item
+        columns: dict[str, EncodedColumn] = {}
+        for name, feature in specs.items():
+            column = feature.source_column
+            if column in event.values:
+                columns[name] = self._encoded(name, event.values[column])
+            elif feature.scope == "event" and column == views.events.time and self._reads_instant(name):
+                columns[name] = self.encoder.encode(name, pa.array([event.time]))
+            elif feature.scope == "event" and column in (views.events.user, views.events.item, views.events.type):
+                own = {views.events.user: event.user, views.events.item: event.item, views.events.type: event.type}
+                columns[name] = self._encoded(name, own[column])
+            elif feature.scope == "event":
+                columns[name] = self.encoder.unknown_column(name, 1)
+            elif column == key_column and not item.is_known[0]:
+                columns[name] = self._encoded(name, event.item)
+            else:
+                columns[name] = item.columns[name]
+        return columns
+
+    def _reads_instant(self, feature: str) -> bool:
+        spec = self.schema.feature(feature)
+        if not isinstance(spec, Categorical):
+            return False
+        return isinstance(self.schema.table_encoders[spec.table_name], (HourOfDay, DayOfWeek))
+
+    def _encoded(self, feature: str, value: Any) -> EncodedColumn:
+        try:
+            return self.encoder.encode(feature, pa.array([value]))
+        except pa.ArrowException as err:
+            raise EncodingError(f"feature {feature!r} must be given a value that fits it, got another type") from err
+
+    def _expiry(self, ttl_s: float | None) -> int:
+        return NEVER if ttl_s is None else self._now() + round(ttl_s * 1e6)
+
+    def sweep(self) -> int:
+        """Removes what has expired; returns how many values that was. Reads do not depend on it."""
+        now = self._now()
+        gone = [k for prefix in (USER, b"h", ITEM) for k, v in self.backend.scan(prefix) if expiry_of(v) <= now]
+        for start in range(0, len(gone), 1024):
+            # Asked again: a write since the scan has set a new expiry.
+            self.backend.update(
+                gone[start : start + 1024],
+                lambda old: [b"" if value is not None and expiry_of(value) <= now else None for value in old],
+            )
+        return len(gone)
+
+    # Keys
+
+    def history_prefix(self, history: str) -> bytes:
+        """What the keys of a history begin with."""
+        return self._places[history]
+
+    def _user_keys(self, keys: Array) -> list[bytes]:
+        return self._checked_keys(keys, "user_id", USER)
+
+    def _item_keys(self, keys: Array) -> list[bytes]:
+        return self._checked_keys(keys, "item_id", ITEM)
+
+    def _checked_keys(self, keys: Array, which: str, prefix: bytes = b"") -> list[bytes]:
+        names, kind = _stored_keys(keys, which, prefix)
+        expected = self._meta["key_types"][which]
+        if kind is not None and kind != expected:
+            if expected is None:  # perhaps written since this store was opened
+                expected = self._meta["key_types"][which] = self.meta()["key_types"][which]
+            if expected is not None and kind != expected:
+                raise EncodingError(f"{which} must hold {_WORDS[expected]}, as when they were stored")
+        return names
+
+    def claim(self, which: str, keys: Array, prefix: bytes = b"") -> list[bytes]:
+        """Stored form of ``(n,)`` keys that are to be written; the first write decides their type.
+
+        Args:
+            which: ``"user_id"`` or ``"item_id"``.
+            prefix: of the stored form: what is stored under it.
+
+        Raises:
+            EncodingError: a key is missing, or of another type than those before.
+        """
+        names, kind = _stored_keys(keys, which, prefix)
+        if keys.null_count:
+            raise EncodingError(f"{which} must be given, got a missing one")
+        if kind is not None and self._meta["key_types"][which] is None:
+            self.change_meta(lambda meta: meta["key_types"].update({which: meta["key_types"][which] or kind}))
+        if kind is not None and self._meta["key_types"][which] != kind:
+            raise EncodingError(f"{which} must hold {_WORDS[self._meta['key_types'][which]]}, as when they were stored")
+        return names
+
+    # What the store says about itself
+
+    def meta(self) -> dict[str, Any]:
+        """What the store says about itself, read anew."""
+        return _read_meta(self.backend.get([META])[0])
+
+    def change_meta(self, change: Callable[[dict[str, Any]], object]) -> None:
+        """Changes what the store says about itself."""
+
+        def write(old: list[bytes | None]) -> list[bytes | None]:
+            meta = _read_meta(old[0])
+            change(meta)
+            self._meta = meta
+            return [_json_bytes(meta)]
+
+        self.backend.update([META], write)
+
+    def close(self) -> None:
+        """Lets go of files and connections."""
+        self.backend.close()
+
+
+def cut(events: Events, before: np.ndarray, max_length: int) -> Events:
+    """The newest events of each user strictly before a time.
+
+    Args:
+        events: of R users.
+        before: ``(R,)`` int64, UTC microseconds.
+        max_length: of each history.
+    """
+    if len(before) == 1:
+        last = int(np.searchsorted(events.times, before[0]))
+        only = slice(max(last - max_length, 0), last)
+        columns = {f: _sliced(c, only) for f, c in events.columns.items()}
+        return Events(np.array([0, only.stop - only.start]), events.times[only], columns)
+    first, lengths = events.offsets[:-1], np.diff(events.offsets)
+    is_past = events.times < np.repeat(before, lengths)
+    past = np.diff(
+        offsets_of(is_past.astype(np.int64))[events.offsets]
+    )  # each user's events are sorted: the past ones come first
+    if (past == lengths).all() and (lengths <= max_length).all():
+        return events
+    kept = np.minimum(past, max_length)
+    rows = ranges(first + past - kept, kept)
+    columns = {f: take_rows(c, rows) for f, c in events.columns.items()}
+    return Events(offsets_of(kept), events.times[rows], columns)
+
+
+def _sliced(column: EncodedColumn, rows: slice) -> EncodedColumn:
+    if not isinstance(column, Ragged):
+        return column[rows]
+    offsets = column.offsets[rows.start : rows.stop + 1]
+    return Ragged(column.values[offsets[0] : offsets[-1]], offsets - offsets[0])
+
+
+def _chosen(events: Events, is_chosen: np.ndarray) -> Events:
+    rows = np.flatnonzero(is_chosen)
+    offsets = offsets_of(is_chosen.astype(np.int64))[events.offsets]
+    return Events(offsets, events.times[rows], {f: take_rows(c, rows) for f, c in events.columns.items()})
+
+
+def _live(codec: Codec, found: Sequence[bytes | None], now: int) -> tuple[Decoded, np.ndarray]:
+    """The values that are there and have not expired, decoded, and which those are."""
+    values: Sequence[bytes]
+    if None in found:
+        is_known = np.fromiter((value is not None for value in found), np.bool_, len(found))
+        values = [value for value in found if value is not None]
+    else:
+        is_known = np.ones(len(found), np.bool_)
+        values = cast("Sequence[bytes]", found)
+    decoded = codec.decode(values)
+    is_live = decoded.expires > now
+    if not is_live.all():
+        is_known[is_known] = is_live
+        decoded = codec.decode([value for value, live in zip(values, is_live.tolist(), strict=True) if live])
+    return decoded, is_known
+
+
+_WORDS = {"integer": "integers", "text": "text"}
+
+
+def _stored_keys(keys: Array, which: str, prefix: bytes) -> tuple[list[bytes], str | None]:
+    """Stored form of keys, and their type: 8 bytes for an integer; for text, its bytes or their hash."""
+    parsed = as_keys(keys, where=which)
+    if isinstance(parsed, NoKeys):
+        return [_NO_KEY] * parsed.length, None
+    if isinstance(parsed, IntKeys):
+        # After a letter that no text begins with.
+        head = prefix + b"n"
+        stored = np.empty(len(parsed.values), [("head", f"V{len(head)}"), ("key", ">i8")])
+        stored["head"] = np.void(head)
+        stored["key"] = parsed.values
+        names: list[bytes] = stored.view(f"V{len(head) + 8}").tolist()
+        if parsed.valid is not None:
+            names = [n if v else _NO_KEY for n, v in zip(names, parsed.valid.tolist(), strict=True)]
+        return names, "integer" if parsed.valid is None or parsed.valid.any() else None
+    texts = (
+        parsed.values
+        if parsed.codes is None
+        else parsed.values.take(pa.array(parsed.codes, mask=np.asarray(parsed.codes) < 0))
+    )
+    names = [_NO_KEY if text is None else prefix + _stored_text(text) for text in texts.to_pylist()]
+    return names, "text" if texts.null_count < len(texts) else None
+
+
+def _stored_text(text: str) -> bytes:
+    content = text.encode()
+    if len(content) <= _LONGEST_KEY:
+        return b"t" + content
+    return b"#" + blake2b(content, digest_size=32).digest()
+
+
+def _prefixed(prefix: bytes, keys: Sequence[bytes]) -> list[bytes]:
+    return [prefix + key for key in keys]
+
+
+def _json_bytes(value: Any) -> bytes:
+    return json.dumps(value, sort_keys=True).encode()
+
+
+def _empty() -> ArtifactError:
+    return ArtifactError("the online store must hold features, got an empty one", hint="fill it: `recsys materialize`")
+
+
+def _read_meta(found: bytes | None) -> dict[str, Any]:
+    if found is None:
+        raise _empty()
+    try:
+        meta: dict[str, Any] = json.loads(found)
+        version = meta["format_version"] if meta["format"] == FORMAT else None
+    except (ValueError, KeyError, TypeError) as err:
+        raise IntegrityError("the online store must be one that `recsys materialize` made, got other content") from err
+    if version != FORMAT_VERSION:
+        raise IntegrityError(
+            f"the online store must be of format {FORMAT_VERSION}, got {version}",
+            hint="materialize into a new store with this version",
+        )
+    return meta

@@ -1,0 +1,100 @@
+"""``recsys push``: events into an online store, as they happen."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from recsys.commands.materialize import StoreArgument, microseconds
+from recsys.commands.options import Json
+
+
+def push(
+    store: StoreArgument,
+    model: Annotated[
+        Path,
+        typer.Option("--model", "-m", help="Artifact or training set whose encoder the store has."),
+    ],
+    events: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="EVENT...", help="JSON objects, columns of the events view; from stdin otherwise."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Add events to users' histories: the next request sees them.
+
+    An event names its user, item, time (now if not given) and type by the columns of the events view, and may give raw
+    values of the columns that the histories read. Without EVENT, one JSON object a line is read from stdin.
+
+    \b
+    Example:
+        recsys push lmdb:data/online --model artifacts/din '{"user_id": 17, "item_id": 3, "type": "click"}'
+        tail -f events.jsonl | recsys push redis://localhost:6379/0 --model artifacts/din
+    """  # noqa: D301
+    import sys
+
+    from feature_store.online.location import open_backend
+    from feature_store.online.store import OnlineStore
+    from recsys.commands.terminal import print_facts, print_json
+    from recsys.encoding import Encoder
+    from recsys.errors import DataError
+
+    online = OnlineStore(open_backend(store, is_writable=True), Encoder.load(model / "encoder"))
+    pushed: dict[str, int] = {history.name: 0 for history in online.schema.histories}
+    num_events = num_ignored = 0
+    try:
+        for number, line in enumerate(events or sys.stdin, start=1):
+            if not line.strip():
+                continue
+            try:
+                histories = online.push(_event(line, online))
+            except DataError as err:
+                raise type(err)(f"event {number}: {err.message}", hint=err.hint) from err
+            num_events += 1
+            num_ignored += not histories
+            for name in histories:
+                pushed[name] += 1
+    finally:
+        online.close()
+    if as_json:
+        print_json({"store": store, "events": num_events, "in_no_history": num_ignored, "pushed": pushed})
+        return
+    facts: dict[str, Any] = {f"{name} events": n for name, n in pushed.items()}
+    print_facts(store, {"events": num_events, **facts, "of a type in no history": num_ignored})
+
+
+def _event(line: str, online: Any) -> Any:
+    """One event from its JSON."""
+    import json
+    import time
+
+    from feature_store.online.store import Event
+    from recsys.errors import DataError
+
+    try:
+        given = json.loads(line)
+    except ValueError as err:
+        raise DataError("must be a JSON object, got other text") from err
+    if not isinstance(given, dict):
+        raise DataError("must be a JSON object, got another JSON value")
+    view = online.schema.views.events
+    if view is None:
+        raise DataError("the model must have a history, got none", hint="there is nothing that events could change")
+    keys = {}
+    for what, column in (("user", view.user), ("item", view.item)):
+        keys[what] = given.pop(column, None)
+        if not isinstance(keys[what], (int, str)) or isinstance(keys[what], bool):
+            raise DataError(f"{column!r} must be given, an integer or text: the {what}'s key")
+    when = given.pop(view.time, None)
+    if when is not None and (isinstance(when, bool) or not isinstance(when, (int, str))):
+        raise DataError(f"{view.time!r} must be ISO 8601 text or UTC microseconds")
+    kind = None if view.type is None else given.pop(view.type, None)
+    return Event(
+        user=keys["user"],
+        item=keys["item"],
+        time=time.time_ns() // 1000 if when is None else microseconds(str(when)),
+        type=None if kind is None else str(kind),
+        values=given,
+    )

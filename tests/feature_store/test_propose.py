@@ -1,0 +1,202 @@
+"""A proposed schema must build as it is, and mean what the data means."""
+
+from __future__ import annotations
+
+import json
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pytest
+from typer.testing import CliRunner
+
+from feature_store.profile import profile_view
+from feature_store.propose import Roles, propose
+from recsys.cli import app
+from recsys.config import parse_yaml
+from recsys.errors import ConfigError, SourceError
+from recsys.schema import Schema
+from recsys.training_set import TrainingSet
+from tests.feature_store.small_views import build as build_views
+from tests.feature_store.small_views import make_views, write_views
+
+DAY = 86_400
+
+
+def run(*arguments: object) -> Any:
+    runner = CliRunner(env={"RECSYS_DEBUG": None, "COLUMNS": "200", "TERM": "dumb"})
+    return runner.invoke(app, [str(a) for a in arguments])
+
+
+def built(folder: Path, path: Path | str, *options: object) -> tuple[Schema, TrainingSet, dict[str, Any]]:
+    """Inspects and builds with the two commands, as a user would, nothing edited in between."""
+    schema, experiment = folder / "conf" / "schema.yaml", folder / "conf" / "experiment.yaml"
+    done = run("data", "inspect", path, "--schema", schema, "--experiment", experiment, "--json", *options)
+    assert done.exit_code == 0, done.stderr
+    made = run("build", experiment, "--set", f"data.training_set={folder / 'set'}", "--json")
+    assert made.exit_code == 0, made.stderr
+    summary = json.loads(made.stdout)
+    return Schema.load(schema), TrainingSet.open(folder / "set", verify=True), summary
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".csv"])
+def test_a_folder_of_views(tmp_path: Path, suffix: str) -> None:
+    """What it proposes reads the same users, items and labels as the schema that was written by hand."""
+    frames = make_views()
+    write_views(tmp_path / "views", frames, suffix=suffix)
+    schema, proposed, summary = built(tmp_path / "a", tmp_path / "views")
+    assert summary["quarantined"] == {}
+    assert schema.views.impressions.request == "request"
+    assert schema.views.impressions.time_unit == "us"
+    kinds = {f.name: f.kind for f in schema.features}
+    assert kinds["tags"] == "multi_categorical"
+    assert kinds["age"] == kinds["price"] == "dense"
+    assert kinds["device"] == kinds["category"] == "categorical"
+    assert "watched" not in kinds, "known only after the impression"
+    assert [t.name for t in schema.tasks] == ["click"]
+    assert schema.histories[0].event_types == ("click",)
+    by_hand = build_views(tmp_path / "b", frames)
+    assert proposed.users.keys.equals(by_hand.users.keys)  # type: ignore[union-attr]
+    np.testing.assert_array_equal(
+        proposed.events["history"].columns["@time"], by_hand.events["clicked"].columns["@time"]
+    )
+    rows = {name: proposed.split(name).num_rows for name in ("train", "validation", "test")}
+    total = len(frames["impressions"])
+    assert sum(rows.values()) == total
+    assert rows["train"] == pytest.approx(0.8 * total, abs=5)
+
+
+def log(num_rows: int = 400, *, seed: int = 0) -> pl.DataFrame:
+    rng = np.random.default_rng(seed)
+    return pl.DataFrame(
+        {
+            "uid": rng.integers(0, 30, num_rows),
+            "movie_id": rng.integers(0, 50, num_rows),
+            "rating": rng.integers(1, 6, num_rows),
+            "ts": 1_600_000_000 + rng.integers(0, 30 * DAY, num_rows),
+        }
+    )
+
+
+def test_one_log_with_ratings_in_seconds(tmp_path: Path) -> None:
+    log().write_csv(tmp_path / "ratings.csv")
+    schema, training_set, _ = built(tmp_path, tmp_path / "ratings.csv")
+    view = schema.views.impressions
+    assert (view.user, view.item, view.time, view.time_unit) == ("uid", "movie_id", "ts", "s")
+    assert (schema.tasks[0].label, schema.tasks[0].at_least) == ("rating", 3.0)
+    assert schema.views.events is not None
+    assert training_set.events["history"].num_rows == 400
+
+
+def test_double_colons_without_a_header(tmp_path: Path) -> None:
+    """The form of MovieLens: the separator is found, the columns are numbered and must be named."""
+    lines = ["::".join(map(str, row)) for row in log().rows()]
+    (tmp_path / "ratings.dat").write_text("\n".join(lines) + "\n")
+    refused = run("data", "inspect", tmp_path / "ratings.dat")
+    assert refused.exit_code == 2
+    assert "--user must name one" in refused.stderr
+    assert "c1, c2, c3, c4" in refused.stderr
+    roles = ("--user", "c1", "--item", "c2", "--label", "c3", "--time", "c4")
+    schema, training_set, _ = built(tmp_path, tmp_path / "ratings.dat", *roles)
+    assert schema.views.impressions.format is not None
+    assert len(training_set.users.keys or []) == 31
+
+
+def test_libfm(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    entries = [(rng.choice([1, -1]), rng.integers(9), rng.integers(10, 40), rng.integers(40, 44)) for _ in range(200)]
+    lines = [f"{label} {user}:1 {item}:1 {other}:1" for label, user, item, other in entries]
+    (tmp_path / "train.libfm").write_text("\n".join(lines))
+    roles = ("--user", "x1", "--item", "x2", "--time", "row", "--label", "label")
+    schema, training_set, _ = built(tmp_path, tmp_path / "train.libfm", *roles)
+    assert schema.tasks[0].at_least == 1.0
+    assert sum(training_set.split(s).num_rows for s in ("train", "validation", "test")) == 200
+
+
+def test_hive_partitions_of_a_log_with_local_times_and_lists(tmp_path: Path) -> None:
+    start = datetime(2022, 4, 1)  # noqa: DTZ001 - a naive time is the point
+    frame = log().with_columns(
+        (pl.lit(start) + pl.duration(seconds=pl.col("ts") - 1_600_000_000)).alias("ts"),
+        clicked=pl.col("rating") > 3,
+        tags=pl.concat_list("rating", pl.col("rating") + 1),
+        embedding=pl.concat_list(pl.col("rating") * 0.5, pl.lit(1.0)),
+        title=pl.format("a rather long text that only describes the item {}", "movie_id"),
+    )
+    for (day,), part in frame.group_by(pl.col("ts").dt.date().cast(pl.String)):
+        place = tmp_path / "log" / f"day={day}"
+        place.mkdir(parents=True)
+        part.write_parquet(place / "a.parquet")
+    proposal = propose(tmp_path / "log")
+    assert proposal.mapping["views"]["impressions"]["time_zone"] == "UTC"
+    assert "write the zone" in proposal.schema_yaml()
+    features = {f["name"]: f for f in proposal.mapping["features"]}
+    assert features["tags"]["kind"] == "multi_categorical"
+    assert features["embedding"]["dim"] == 2
+    assert "title" not in features
+    assert "free text" in proposal.comments["impressions.title"]
+    _, training_set, summary = built(tmp_path, tmp_path / "log", "--label", "clicked")
+    assert summary["quarantined"] == {}
+    assert training_set.events["history"].num_rows == int(frame["clicked"].sum())
+
+
+def test_names_that_yaml_or_a_schema_would_misread(tmp_path: Path) -> None:
+    odd = {"7: {a}": pl.col("uid") % 5, "länge": pl.col("uid") * 0.5}
+    frame = log().rename({"rating": "is click"})
+    frame = frame.with_columns(pl.col("is click") > 3, pl.lit("x").alias("no"), yes=pl.col("uid") % 3, **odd)
+    frame.write_parquet(tmp_path / "my log.parquet")
+    schema, _, _ = built(tmp_path, tmp_path / "my log.parquet", "--label", "is click")
+    columns = {f.source_column for f in schema.features}
+    assert {"yes", "7: {a}", "länge"} <= columns
+    assert "no" not in columns, "one value only"
+    assert schema.name == "my_log"
+
+
+def test_profiles(tmp_path: Path) -> None:
+    moment = datetime(2022, 4, 30, 16, 0, tzinfo=UTC)
+    days = [(moment + timedelta(days=i)).isoformat() for i in range(20)]
+    tags = ["b|c", "a|b"] * 10
+    lines = [f"{2**53 + i},{i * 0.5},{days[i]},{tags[i]},{'' if i < 5 else i}" for i in range(20)]
+    (tmp_path / "x.csv").write_text("big,half,when,tags,gaps\n" + "\n".join(lines))
+    profile = profile_view(tmp_path, "x.csv")
+    columns = profile.columns
+    assert profile.num_rows == 20
+    assert {n: c.kind for n, c in columns.items()} == {
+        "big": "integer", "half": "number", "when": "timestamp", "tags": "text", "gaps": "integer",
+    }  # fmt: skip
+    assert (columns["big"].lowest, columns["big"].highest, columns["big"].distinct) == (2**53, 2**53 + 19, 20)
+    assert columns["when"].span == ("2022-04-30 16:00:00Z", "2022-05-19 16:00:00Z")
+    assert (columns["gaps"].num_null, columns["gaps"].distinct) == (5, 15)
+    assert columns["half"].median == 4.75
+
+
+def test_roles_and_places_that_are_wrong(tmp_path: Path) -> None:
+    log().write_parquet(tmp_path / "log.parquet")
+    with pytest.raises(ConfigError, match=r"--user must be a column of log\.parquet, got 'uidd'") as error:
+        propose(tmp_path / "log.parquet", roles=Roles(user="uidd"))
+    assert "did you mean 'uid'" in str(error.value)
+    with pytest.raises(ConfigError, match="--label must be a column"):
+        propose(tmp_path / "log.parquet", roles=Roles(label="x"))
+    with pytest.raises(SourceError, match="must exist"):
+        propose(tmp_path / "lag.parquet")
+    log().with_columns(ts=pl.lit(1_600_000_000)).write_parquet(tmp_path / "still.parquet")
+    with pytest.raises(SourceError, match="impressions must have different times"):
+        propose(tmp_path / "still.parquet").experiment_yaml("s.yaml", "set")
+    (tmp_path / "users").mkdir()
+    log().write_parquet(tmp_path / "users" / "users.parquet")
+    with pytest.raises(SourceError, match="must hold impressions"):
+        propose(tmp_path / "users")
+
+
+def test_the_command_writes_nothing_over(tmp_path: Path) -> None:
+    log().write_parquet(tmp_path / "log.parquet")
+    (tmp_path / "schema.yaml").write_text("mine")
+    done = run("data", "inspect", tmp_path / "log.parquet", "--schema", tmp_path / "schema.yaml")
+    assert done.exit_code == 2
+    assert (tmp_path / "schema.yaml").read_text() == "mine"
+    shown = run("data", "inspect", tmp_path / "log.parquet")
+    assert shown.exit_code == 0
+    text = shown.stdout[shown.stdout.index("# Proposed by") :]
+    assert parse_yaml(text, source="stdout")["name"] == "log"
+    assert run("data", "inspect", tmp_path / "log.parquet", "--experiment", tmp_path / "e.yaml").exit_code == 2
