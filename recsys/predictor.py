@@ -88,7 +88,16 @@ class Predictor:
         except RuntimeError as err:
             # It is unpacked into a temporary folder, which may not allow execution, or be full.
             return "portable", f"it cannot be loaded ({str(err).splitlines()[0][:200]})"
-        self._single = lambda inputs: loader.boxed_run(inputs)[0]
+        # One caller at a time, waiting without the interpreter's lock. torch's binding keeps that lock while it runs
+        # the program and while it waits for a free runner: a second caller would wait for the first for ever.
+        turn = threading.Lock()
+
+        def run(inputs: list[Tensor]) -> Tensor:
+            with turn:
+                logits: Tensor = loader.boxed_run(inputs)[0]
+            return logits
+
+        self._single = run
         return "compiled", None
 
     def logits(self, batch: Batch) -> np.ndarray:

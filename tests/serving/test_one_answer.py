@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -134,3 +135,10 @@ def test_compiled_program(world: World, evaluated: np.ndarray, tmp_path: Path) -
         for r in range(part.num_requests)
     ]
     np.testing.assert_allclose(np.concatenate(each), evaluated, atol=TOLERANCE, rtol=0)
+    requests = [Batch.from_training_set(world.training_set, SPLIT, np.array([r])) for r in range(part.num_requests)]
+    pool = ThreadPoolExecutor(8)
+    futures = [pool.submit(compiled.score, batch) for _ in range(20) for batch in requests]
+    together = [future.result(timeout=60) for future in futures]  # callers side by side once waited for ever
+    pool.shutdown()
+    for place, scores in enumerate(together):
+        np.testing.assert_array_equal(scores, each[place % len(each)])
