@@ -218,7 +218,7 @@ class TrainingSet:
         rebuild = "build it again with `recsys build CONFIG`"
         try:
             manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-        except FileNotFoundError as err:
+        except (FileNotFoundError, NotADirectoryError) as err:
             raise IntegrityError(f"{folder} must hold a training set, got no manifest.json", hint=rebuild) from err
         except (json.JSONDecodeError, UnicodeDecodeError) as err:
             raise IntegrityError(f"{folder / 'manifest.json'} must be JSON", hint=rebuild) from err

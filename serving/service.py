@@ -10,8 +10,10 @@ GET     /          what is served, and the paths
 ======  =========  ================================================================================================
 
 There is no framework between uvicorn and a request: one costs more than the whole of parsing and encoding it. Scoring
-runs in a pool of threads with one torch thread each, since requests are the better thing to run side by side. What
-cannot be answered soon is refused at once with 503.
+runs in a pool of threads with one torch thread each, so that the event loop stays free while a request is parsed and
+encoded. A compiled program runs one request at a time and keeps the interpreter's lock meanwhile: to use more cores
+with it, run more processes. The portable program lets threads overlap. What cannot be answered soon is refused at once
+with 503.
 
 Errors are ``{"error": {"type", "message", "hint"}}``: 404 no such path, 405 method, 413 body too large, 415 not JSON,
 422 the request breaks a rule, 503 not ready or overloaded, 500 our mistake (in full in the log, by number in the
