@@ -16,6 +16,7 @@ from recsys.layers.activations import (
 )
 from recsys.layers.attention import ActivationUnit, SoftmaxTargetAttention, TargetAttention
 from recsys.layers.mlp import MLP, JoinedLinear, JoinedMLP
+from recsys.layers.normalisation import RowBatchNorm
 
 __all__ = [
     "ACTIVATIONS",
@@ -28,6 +29,7 @@ __all__ = [
     "Moments",
     "PReLU",
     "ReLU",
+    "RowBatchNorm",
     "Sigmoid",
     "SoftmaxTargetAttention",
     "TargetAttention",

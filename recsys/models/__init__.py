@@ -9,16 +9,19 @@ from pydantic import Field
 
 from recsys.config import Config
 from recsys.models.base import RankingModel, TrainingOutput, split_output
+from recsys.models.dare import DAREConfig, TWINConfig, build_dare, build_twin
 from recsys.models.din import DINConfig, build_din
 from recsys.schema import Schema
 
 Builder = Callable[[Any, Schema, Mapping[str, int]], RankingModel]
 
 MODELS: dict[type[Config], Builder] = {
+    DAREConfig: build_dare,
     DINConfig: build_din,
+    TWINConfig: build_twin,
 }
 
-ModelConfig = Annotated[DINConfig, Field()]
+ModelConfig = Annotated[DAREConfig | DINConfig | TWINConfig, Field(discriminator="kind")]
 
 
 def build_model(config: Config, schema: Schema, table_sizes: Mapping[str, int]) -> RankingModel:

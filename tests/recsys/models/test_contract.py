@@ -18,6 +18,7 @@ from recsys.batch import Bags, Batch, Column, HistoryBatch
 from recsys.config import Config
 from recsys.embedded import Embedded, EmbeddedHistory
 from recsys.models import MODELS, RankingModel, build_model, split_output
+from recsys.models.dare import DAREConfig, TWINConfig
 from recsys.models.din import DINConfig
 from tests.synthetic import TABLE_SIZES, random_batch, schema
 from training.objective import Objective
@@ -28,6 +29,16 @@ CASES: dict[str, Config] = {
         embedding_dim=4, attention_hidden=(6, 5), hidden=(16,), attention_activation="prelu", activation="prelu"
     ),
     "din softmax": DINConfig(embedding_dim=4, attention_hidden=(6,), hidden=(16, 8), attention_softmax=True),
+    "dare": DAREConfig(embedding_dim=8, attention_dim=4, top_k=3, num_slots=6, hidden=(16, 8), auxiliary_hidden=(8,)),
+    "twin": TWINConfig(embedding_dim=4, top_k=3, num_slots=6, hidden=(16, 8), auxiliary_hidden=(8,)),
+    "twin 4e": TWINConfig(
+        embedding_dim=4, top_k=3, num_slots=6, hidden=(16,), auxiliary_hidden=(8,), tables="by_role_and_side"
+    ),
+    "twin projected": TWINConfig(
+        embedding_dim=4, top_k=3, num_slots=6, hidden=(16,), auxiliary_hidden=(8,), projection=True, has_product=False
+    ),
+    "sim hard": TWINConfig(embedding_dim=4, top_k=3, num_slots=6, hidden=(16,), auxiliary_weight=0, search="category"),
+    "eta": TWINConfig(embedding_dim=4, top_k=3, num_slots=6, hidden=(16,), auxiliary_hidden=(8,), search="hash"),
 }
 ORDER_FREE = {"din", "din prelu", "din softmax"}
 """Models for which a history is a bag."""
