@@ -69,7 +69,7 @@ class DAREConfig(_LongHistoryConfig):
         ge=4,
         le=1024,
         multiple_of=4,
-        description="width of a feature's attention vector; paper: may be half as wide",
+        description="width of a feature's attention vector; paper: half does too",
     )
 
 
@@ -90,8 +90,8 @@ class TWINConfig(_LongHistoryConfig):
     has_product: bool = Field(True, description="false: TWIN w/o TR, the pooled vector alone")
     search: Literal["attention", "category", "hash"] = Field(
         "attention",
-        description="'category': SIM-hard, the newest events of the candidate's category (the history's last categorical "
-        "attribute), then the newest others; 'hash': ETA, by the Hamming distance of random signs",
+        description="'category': SIM-hard, the newest events of the candidate's category (the last categorical "
+        "attribute of the history), then the newest others; 'hash': ETA, by the Hamming distance of random signs",
     )
     hash_bits: int = Field(32, ge=1, le=1024, description="of search 'hash'; FuxiCTR: 32")
 
@@ -134,18 +134,19 @@ class EventTokens(nn.Module):
         self._event_keys = [_key(name, spaces[0]) for name in shared]
         self._candidate_keys = [_key(name, spaces[1]) for name in shared]
         self._own = [_key(name, spaces[0]) for name in own]
-        self.absent = nn.Parameter(torch.empty(sum(own.values())))
+        self.absent = nn.Parameter(torch.empty(sum(own.values()))) if own else None
         self.slots = nn.Embedding(num_slots + 1, slot_dim)
 
     @property
     def own_size(self) -> int:
         """Width of what only events have."""
-        return self.absent.numel() + self.slots.embedding_dim
+        return self.slots.embedding_dim + (0 if self.absent is None else self.absent.numel())
 
     def candidates(self, embedded: Embedded) -> tuple[Tensor, Tensor]:
         """What candidates share with events (N, S), and what they have instead of the rest (O,)."""
         shared_NS = torch.cat([embedded.candidate[key] for key in self._candidate_keys], dim=1)
-        return shared_NS, torch.cat([self.absent, self.slots.weight[0]])
+        slot_D = self.slots.weight[0]
+        return shared_NS, slot_D if self.absent is None else torch.cat([self.absent, slot_D])
 
     def events(self, history: EmbeddedHistory) -> tuple[Tensor, Tensor]:
         """The same of events: (R, L, S) and (R, L, O)."""
@@ -255,7 +256,7 @@ class SearchedHistory(nn.Module):
         if self.search == "category":
             search_NL = self._newest_of_category(embedded, rows)
         elif self.search == "hash":
-            search_NL = relevance(self._signs(query_NS), self._signs(keys_RLS), rows)
+            search_NL = relevance(self._signs(query_NS), self._signs(keys_RLS), rows) + _newer_wins(scores_NL)
         pooled_NV = top_k_pool(search_NL, scores_NL, values_RLV, lengths, rows, self.top_k)
         everything = attention_pool(scores_NL, values_RLV, lengths, rows) if with_all else None
         return self._joined(candidate_NV, pooled_NV), None if everything is None else self._joined(
@@ -271,15 +272,15 @@ class SearchedHistory(nn.Module):
         if self.search == "category":
             search_NL = self._newest_of_category(embedded, torch.zeros_like(embedded.request_of_row))
         elif self.search == "hash":
-            search_NL = relevance_single_request(self._signs(query_NS), self._signs(keys_RLS))
+            search_NL = relevance_single_request(self._signs(query_NS), self._signs(keys_RLS)) + _newer_wins(scores_NL)
         pooled_NV = top_k_pool_single_request(search_NL, scores_NL, values_RLV, lengths, self.top_k)
         return self._joined(candidate_NV, pooled_NV)
 
-    def _joined(self, candidate_NV: Tensor, pooled_NV: Tensor) -> Tensor:
-        parts = [candidate_NV, pooled_NV]
+    def _joined(self, candidate: Tensor, pooled: Tensor) -> Tensor:
+        parts = [candidate, pooled]
         if self.has_product:
             # sum_j w_j (e_j * v) = (sum_j w_j e_j) * v: once, after pooling.
-            parts.append(pooled_NV * candidate_NV)
+            parts.append(pooled * candidate)
         return torch.cat(parts, dim=1)
 
     def _newest_of_category(self, embedded: Embedded, rows: Tensor) -> Tensor:
@@ -372,7 +373,8 @@ class LongHistoryNetwork(nn.Module):
                 module.reset_parameters()
             elif isinstance(module, EventTokens):
                 nn.init.normal_(module.slots.weight, std=0.01)
-                nn.init.normal_(module.absent, std=0.01)
+                if module.absent is not None:
+                    nn.init.normal_(module.absent, std=0.01)
         if self._initialisation == "code":
             for name, parameter in self.named_parameters():
                 if "bias" not in name:
@@ -403,17 +405,22 @@ class LongHistoryNetwork(nn.Module):
         """Scores (N, L) of each history's events, padding too: what the search ranks by."""
         return {history.name: history.scores(embedded) for history in self.histories}  # type: ignore[operator, misc]
 
-    def _head(self, embedded: Embedded, histories_NH: Tensor) -> Tensor:
-        request_RU, rows_NC = self._inputs(embedded, histories_NH)
+    def _head(self, embedded: Embedded, histories: Tensor) -> Tensor:
+        request_RU, rows_NC = self._inputs(embedded, histories)
         return self.output(self.mlp(request_RU, rows_NC, embedded.request_of_row))  # type: ignore[no-any-return]
 
-    def _inputs(self, embedded: Embedded, histories_NH: Tensor) -> tuple[Tensor, Tensor]:
+    def _inputs(self, embedded: Embedded, histories: Tensor) -> tuple[Tensor, Tensor]:
         """What is the same for all rows of a request (R, U), and what is a row's own (N, C)."""
         own = [embedded.candidate[feature] for feature in self._candidate]
-        rows_NC = torch.cat([self.norm(histories_NH), *own], dim=1)
+        rows_NC = torch.cat([self.norm(histories), *own], dim=1)
         if not self._request:
             return rows_NC.new_zeros(embedded.time.shape[0], 0), rows_NC
         return torch.cat([embedded.request[feature] for feature in self._request], dim=1), rows_NC
+
+
+def _newer_wins(scores: Tensor) -> Tensor:
+    """(L,) in [0, 1), growing: decides between integer scores that are equal."""
+    return torch.arange(scores.shape[1], device=scores.device) / scores.shape[1]
 
 
 def _key(name: str, space: str) -> str:
