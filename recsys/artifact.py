@@ -21,7 +21,6 @@ Shapes: R requests, N candidates (rows), L longest history of the batch, D width
 from __future__ import annotations
 
 import glob
-import json
 import os
 import secrets
 import shutil
@@ -40,12 +39,9 @@ from recsys.config import fingerprint, validate
 from recsys.embedded import Embedded, EmbeddedHistory
 from recsys.encoding.encoder import Encoder
 from recsys.errors import ArtifactError, ConfigError, IntegrityError, SchemaError, nearest
+from recsys.manifest import EXPORT_AGAIN, FORMAT, FORMAT_VERSION, MANIFEST, read_manifest
 from recsys.schema import Schema
 from recsys.training_set import sha256_of, write_json
-
-FORMAT = "recsys.artifact"
-FORMAT_VERSION = 1
-MANIFEST = "manifest.json"
 
 Form = Literal["many", "single"]
 PORTABLE: dict[Form, str] = {"many": "network.pt2", "single": "network.single.pt2"}
@@ -54,8 +50,6 @@ SELF_TEST = "self_test.npz"
 FEATURES = "features"
 TOLERANCE = 1e-5
 """A replayed logit ``x`` may be off by so much times ``max(1, |x|)``."""
-
-_EXPORT_AGAIN = "export the artifact again with `recsys export RUN`"
 
 X86_64_V3 = ("avx2", "fma3", "f16c", "bmi", "bmi2", "lzcnt")
 """What the instruction set level x86-64-v3 promises, in the words of ``torch.cpu.get_capabilities()``."""
@@ -148,7 +142,7 @@ def read_self_test(path: Path, schema: Schema) -> dict[str, tuple[Batch, np.ndar
         names = sorted({n.split("/", 1)[0] for n in arrays})
         return {name: (_replayed(arrays, name, schema), arrays[f"{name}/logits"]) for name in names}
     except (OSError, ValueError, KeyError, EOFError) as err:
-        raise ArtifactError(f"{path} must hold the recorded rows, got another content", hint=_EXPORT_AGAIN) from err
+        raise ArtifactError(f"{path} must hold the recorded rows, got another content", hint=EXPORT_AGAIN) from err
 
 
 def _replayed(arrays: Mapping[str, np.ndarray], name: str, schema: Schema) -> Batch:
@@ -311,21 +305,21 @@ class Artifact:
         for relative, entry in manifest["files"].items():
             path = folder / relative
             if not path.is_file():
-                raise ArtifactError(f"{path} is missing", hint=f"copy the whole folder again, or {_EXPORT_AGAIN}")
+                raise ArtifactError(f"{path} is missing", hint=f"copy the whole folder again, or {EXPORT_AGAIN}")
             if path.stat().st_size != entry["bytes"] or (verify and sha256_of(path) != entry["sha256"]):
                 raise ArtifactError(
                     f"{path} was changed or cut short after it was written",
-                    hint=f"copy the whole folder again, or {_EXPORT_AGAIN}",
+                    hint=f"copy the whole folder again, or {EXPORT_AGAIN}",
                 )
         try:
             schema = validate(Schema, manifest["schema"], source=str(folder / MANIFEST))
             encoder = Encoder.load(folder / "encoder")
         except (ConfigError, IntegrityError) as err:
-            raise ArtifactError(f"{folder}: {err.message}", hint=err.hint or _EXPORT_AGAIN) from err
+            raise ArtifactError(f"{folder}: {err.message}", hint=err.hint or EXPORT_AGAIN) from err
         if encoder.fingerprint != manifest["encoder_fingerprint"]:
             raise ArtifactError(
                 f"{folder / 'encoder'} must be the encoder that the model was trained with, got another",
-                hint=_EXPORT_AGAIN,
+                hint=EXPORT_AGAIN,
             )
         artifact = cls(folder, manifest, schema, encoder)
         artifact._check_tables()
@@ -338,7 +332,7 @@ class Artifact:
                 got = "none" if entry is None else f"{entry['rows']} rows"
                 raise ArtifactError(
                     f"{self.folder}: table {name!r} must have the {rows} rows of its encoder, got {got}",
-                    hint=_EXPORT_AGAIN,
+                    hint=EXPORT_AGAIN,
                 )
 
     @property
@@ -382,11 +376,11 @@ class Artifact:
                 # Mapped copy-on-write: shared by processes until written to, and nothing writes.
                 array = np.load(path, mmap_mode="c", allow_pickle=False)
             except (OSError, ValueError, EOFError) as err:
-                raise ArtifactError(f"{path} cannot be read as a table", hint=_EXPORT_AGAIN) from err
+                raise ArtifactError(f"{path} cannot be read as a table", hint=EXPORT_AGAIN) from err
             if array.shape != (entry["rows"], entry["dim"]) or array.dtype != np.float32:
                 raise ArtifactError(
                     f"{path} must be float32 ({entry['rows']}, {entry['dim']}), got {array.dtype} {array.shape}",
-                    hint=_EXPORT_AGAIN,
+                    hint=EXPORT_AGAIN,
                 )
             tables[name] = torch.from_numpy(array)
         return tables
@@ -396,34 +390,3 @@ class Artifact:
         """Folder of the snapshot, if there is one."""
         folder = self.folder / FEATURES
         return folder if folder.is_dir() else None
-
-
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """Reads and checks the manifest's format.
-
-    Raises:
-        ArtifactError: there is none, it cannot be read, or it is of another version.
-    """
-    path = folder / MANIFEST
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError) as err:
-        raise ArtifactError(
-            f"{folder} must be an artifact, got a folder without {MANIFEST}"
-            if folder.is_dir()
-            else f"{folder} must be an artifact's folder, got no such folder",
-            hint="write one with `recsys export RUN`",
-        ) from err
-    except (OSError, ValueError) as err:
-        raise ArtifactError(f"{path} must be readable JSON, got something else", hint=_EXPORT_AGAIN) from err
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise ArtifactError(f"{path} must be the manifest of an artifact, got another file", hint=_EXPORT_AGAIN)
-    if manifest.get("format_version") != FORMAT_VERSION:
-        raise ArtifactError(
-            f"{folder} must be of format version {FORMAT_VERSION}, got {manifest.get('format_version')!r}",
-            hint=f"{_EXPORT_AGAIN}, or use the version of recsys that wrote it",
-        )
-    missing = [k for k in ("name", "schema", "encoder_fingerprint", "tables", "programs", "files") if k not in manifest]
-    if missing:
-        raise ArtifactError(f"{path} must say {', '.join(missing)}", hint=_EXPORT_AGAIN)
-    return manifest
