@@ -193,7 +193,7 @@ class ArtifactWriter:
         out: the artifact's folder; one that is there is replaced, anything else is left alone.
 
     Raises:
-        ArtifactError: ``out`` exists and is not an artifact.
+        ArtifactError: ``out`` exists and is not an artifact, or cannot be written to.
     """
 
     def __init__(self, out: str | Path) -> None:
@@ -209,8 +209,14 @@ class ArtifactWriter:
         return self.out.with_name(f".tmp-{self.out.name}-{os.getpid()}-{secrets.token_hex(4)}")
 
     def __enter__(self) -> Self:
-        self._sweep()
-        self.folder.mkdir(parents=True)
+        try:
+            self._sweep()
+            self.folder.mkdir(parents=True)
+        except OSError as err:
+            raise ArtifactError(
+                f"{self.out} must be a place that can be written to: {err.strerror}",
+                hint="choose another place to write to",
+            ) from err
         return self
 
     def _sweep(self) -> None:

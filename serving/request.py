@@ -347,8 +347,15 @@ def _is_value(value: Any) -> bool:
 
 def _kind(value: Any) -> str:
     """JSON's word for the type of a value."""
-    names = {dict: "an object", list: "a list", str: "text", bool: "a boolean", float: "a number with a fraction"}
-    return "null" if value is None else names.get(type(value), "a number out of range")
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return "a boolean"
+    if isinstance(value, (int, float)) and not -_INT64 <= value < _INT64:
+        # The parser reads integers beyond 64 bits as numbers with a fraction.
+        return "a number beyond 64 bits"
+    names = {dict: "an object", list: "a list", str: "text", int: "an integer", float: "a number with a decimal point"}
+    return names.get(type(value), type(value).__name__)
 
 
 def _shown(name: Any) -> str:

@@ -328,7 +328,8 @@ def test_no_request_is_our_mistake(app: RankingApp, body: dict[str, Any], data: 
 
 COMMAND = """
 import sys
-from serving.service import ServiceConfig, serve
+from serving.service import serve
+from serving.settings import ServiceConfig
 serve(ServiceConfig(artifact=sys.argv[1], port=int(sys.argv[2]), threads=2))
 """
 
