@@ -351,6 +351,12 @@ class Artifact:
         """Names of the tasks, in the order of the logits."""
         return tuple(t.name for t in self.schema.tasks)
 
+    @property
+    def training_period(self) -> tuple[int, int] | None:
+        """First and last time of the training requests, UTC microseconds; None if the manifest does not say."""
+        period = self.manifest.get("training_period_us")
+        return None if period is None else (int(period[0]), int(period[1]))
+
     def task_position(self, task: str | None) -> int:
         """Column of a task's logit; of the first one if not given.
 

@@ -74,7 +74,7 @@ class Scorer:
         self.predictor = predictor
         self.artifact: Artifact = predictor.artifact
         self.assembler = Assembler(self.artifact.encoder, features)
-        self.parser = RequestParser(self.artifact.schema)
+        self.parser = RequestParser(self.artifact.schema, training_period=self.artifact.training_period)
 
     @classmethod
     def load(

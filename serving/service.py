@@ -99,7 +99,12 @@ class Model:
         located = locate(config.artifact, tracking_uri=config.tracking_uri)
         scorer = Scorer.load(located.folder, features=config.features, engine=config.engine)
         schema = scorer.artifact.schema
-        scorer.parser = RequestParser(schema, max_candidates=config.max_candidates, max_events=config.max_events)
+        scorer.parser = RequestParser(
+            schema,
+            max_candidates=config.max_candidates,
+            max_events=config.max_events,
+            training_period=scorer.artifact.training_period,
+        )
         facts = {
             "name": located.name,
             "version": located.version or scorer.artifact.manifest.get("created_at"),

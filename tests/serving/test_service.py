@@ -124,6 +124,12 @@ def test_statuses(app: RankingApp) -> None:
     assert call(app, "POST", "/rank", {**BODY, "user_id": "text"})[0] == 422
 
 
+def test_a_time_in_seconds_is_refused_by_what_the_artifact_knows(app: RankingApp) -> None:
+    status, reply = call(app, "POST", "/rank", {**BODY, "time": BODY["time"] // 10**6})  # type: ignore[operator]
+    assert (status, reply["error"]["type"]) == (422, "RequestError")
+    assert "got seconds by its size" in reply["error"]["message"]
+
+
 def test_a_body_that_is_too_large(app: RankingApp) -> None:
     declared = [(b"content-type", b"application/json"), (b"content-length", b"99999999999")]
     assert call(app, "POST", "/rank", b"{}", headers=declared)[0] == 413
