@@ -10,7 +10,7 @@ import secrets
 import shutil
 import time as clock
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -83,7 +83,7 @@ def score_parquet(
 
     Raises:
         SourceError: a file is missing or cannot be read, or lacks a column.
-        ConfigError: the output is the input, or an added column is there already.
+        ConfigError: the output is the input or cannot be written, or an added column is there already.
         ArtifactError: the artifact cannot be used.
     """
     began = clock.perf_counter()
@@ -213,17 +213,32 @@ def _check(file: Path, reader: FrameReader, added: tuple[str, ...]) -> None:
 
 
 @contextmanager
+def _named(target: Path) -> Iterator[None]:
+    """Says of which output it is that it cannot be written."""
+    try:
+        yield
+    except OSError as err:
+        raise ConfigError(
+            f"output must be a place that can be written to, got {target}: {err.strerror}",
+            hint="choose another place to write to",
+        ) from err
+
+
+@contextmanager
 def _new_file(target: Path) -> Iterator[Path]:
     if target.is_dir():
         raise ConfigError(f"output must be a file, got the folder {target}", hint="name a file in it")
-    target.parent.mkdir(parents=True, exist_ok=True)
     draft = target.with_name(f".tmp-{target.name}-{secrets.token_hex(6)}")
     try:
+        with _named(target):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            draft.touch()
         yield draft
         _sync(draft)
         os.replace(draft, target)
     finally:
-        draft.unlink(missing_ok=True)
+        with suppress(OSError):
+            draft.unlink()
 
 
 @contextmanager
@@ -232,11 +247,11 @@ def _new_folder(target: Path) -> Iterator[Path]:
         not target.is_dir() or any(p.suffix != ".parquet" for p in target.rglob("*") if p.is_file())
     ):
         raise ConfigError(f"output must be a new folder or one of Parquet files, got {target}")
-    target.parent.mkdir(parents=True, exist_ok=True)
     draft = target.with_name(f".tmp-{target.name}-{secrets.token_hex(6)}")
     retired = draft.with_name(f"{draft.name}-old")
     try:
-        draft.mkdir()
+        with _named(target):
+            draft.mkdir(parents=True)
         yield draft
         for path in draft.rglob("*"):
             _sync(path)
