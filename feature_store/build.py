@@ -38,12 +38,13 @@ from feature_store.joined import Joined
 from feature_store.split import SplitConfig, microseconds
 from feature_store.tables import write_tables
 from feature_store.views import Views, view_format, view_paths
-from feature_store.workspace import exclusive, replacing, sync
+from feature_store.workspace import exclusive, replacing
 from recsys.config import Config, fingerprint
 from recsys.encoding import Encoder
 from recsys.errors import RecsysError, SourceError
+from recsys.files import sha256_of, sync, write_json
 from recsys.schema import Schema
-from recsys.training_set import FORMAT_VERSION, TrainingSet, sha256_of, write_json
+from recsys.training_set import FORMAT_VERSION, TrainingSet
 
 __all__ = ["BuildSummary", "DataConfig", "SplitConfig", "build_training_set"]
 

@@ -19,10 +19,7 @@ others are features. Parquet would be smaller, but must be decoded, whole row gr
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -35,6 +32,7 @@ import pyarrow as pa
 from recsys.config import fingerprint, validate
 from recsys.encoding.encoder import EncodedColumn, Encoder, Ragged
 from recsys.errors import IntegrityError, SchemaError
+from recsys.files import replacing_file, sha256_of
 from recsys.schema import Schema
 
 FORMAT_VERSION = 1
@@ -99,16 +97,12 @@ def write_table(path: str | Path, columns: Mapping[str, EncodedColumn], *, keys:
         names.append(name)
         arrays.append(_to_arrow(name, column))
     batch = pa.record_batch(arrays, names=names)
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    try:
-        with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, batch.schema) as writer:
-            writer.write_batch(batch)
-        _sync(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with (
+        replacing_file(path) as draft,
+        pa.OSFile(str(draft), "wb") as sink,
+        pa.ipc.new_file(sink, batch.schema) as writer,
+    ):
+        writer.write_batch(batch)
 
 
 def _to_arrow(name: str, column: EncodedColumn) -> Any:
@@ -279,31 +273,3 @@ class TrainingSet:
             impressions = open_table(self.folder / name / "impressions.arrow")
             self._splits[name] = Split(name, requests, impressions)
         return self._splits[name]
-
-
-def sha256_of(path: str | Path) -> str:
-    """Checksum of a file, in hexadecimal."""
-    with Path(path).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def write_json(path: str | Path, value: Any) -> None:
-    """Writes JSON atomically: a killed process leaves the old file or the new one."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.tmp-", dir=path.parent)
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            json.dump(value, file, indent=2, ensure_ascii=False)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        Path(temporary).chmod(0o644)
-        os.replace(temporary, path)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
-
-
-def _sync(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())

@@ -28,10 +28,11 @@ import torch
 from torch import Tensor
 
 from recsys.errors import CheckpointError, ConfigError, DataError, IntegrityError, TrainingError
+from recsys.files import append_line, write_json
 from recsys.metrics import Metrics
 from recsys.models import build_model
 from recsys.schema import Schema
-from recsys.training_set import TrainingSet, write_json
+from recsys.training_set import TrainingSet
 from training.checkpoint import CheckpointStore, checkpoint_name
 from training.console import TrainingDisplay, quiet_libraries
 from training.data import BatchLoader, LoadedBatch
@@ -524,10 +525,7 @@ class Trainer:
 
     def _write_metrics(self, line: Mapping[str, Any]) -> None:
         if self._strategy.rank == 0:
-            with self._folder.metrics.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line, allow_nan=False) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
+            append_line(self._folder.metrics, json.dumps(line, allow_nan=False))
 
     def _cut_metrics(self) -> None:
         """Removes the lines written after the checkpoint: the steps that they tell of will be taken again."""

@@ -10,7 +10,8 @@ import pytest
 
 from recsys.encoding.encoder import Ragged
 from recsys.errors import IntegrityError
-from recsys.training_set import open_table, sha256_of, write_json, write_table
+from recsys.files import sha256_of, write_json
+from recsys.training_set import open_table, write_table
 
 
 def test_a_table_round_trips_every_kind_of_column(tmp_path: Path) -> None:
