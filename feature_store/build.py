@@ -24,7 +24,7 @@ import time as clock
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -89,7 +89,8 @@ class BuildSummary:
         seconds: time taken.
         skipped: the set was there already, built from the same inputs.
         notes: what is no fault, but worth knowing: parts without rows, columns without values, histories longer than
-            what a batch reads, event types that never occur.
+            what a batch reads, event types that never occur, times that hardly overlap.
+        time_spans: first and last time of ``impressions`` and of each event type, as ISO 8601 text.
     """
 
     training_set: str
@@ -108,6 +109,7 @@ class BuildSummary:
     seconds: float
     skipped: bool = False
     notes: Sequence[str] = ()
+    time_spans: Mapping[str, list[str]] = field(default_factory=dict)
 
     @property
     def num_rows(self) -> int:
@@ -140,7 +142,9 @@ def build_training_set(
         force: build even if nothing changed.
 
     Raises:
-        SourceError: a file or column is missing or of the wrong type, or the training period is empty.
+        ConfigError: the result's folder cannot be written.
+        SourceError: a file or column is missing or of the wrong type, times cannot be meant
+            (:mod:`feature_store.time_spans`), or the training period is empty.
         EncodingError: a value cannot be encoded as its feature declares.
         QuarantineError: too many rows of a view are broken.
     """
@@ -224,6 +228,7 @@ def _build(
         bytes=sum(int(entry["bytes"]) for entry in files.values()),
         seconds=round(clock.perf_counter() - began, 3),
         notes=views.notes,
+        time_spans={log: list(times) for log, times in joined.time_spans.items()},
     )
     write_json(folder / "manifest.json", _manifest(schema, data, encoder, summary, inputs, files))
     return summary
