@@ -42,7 +42,7 @@ from feature_store.workspace import exclusive, replacing
 from recsys.config import Config, fingerprint
 from recsys.encoding import Encoder
 from recsys.errors import RecsysError, SourceError
-from recsys.files import sha256_of, sync, write_json
+from recsys.files import check_can_write, sha256_of, sync, write_json
 from recsys.schema import Schema
 from recsys.training_set import FORMAT_VERSION, TrainingSet
 
@@ -55,8 +55,14 @@ BUILD_VERSION = 1
 class DataConfig(Config):
     """What a training set is built from, and where it goes."""
 
-    views: str = Field(min_length=1, description="folder or fsspec address that view paths are relative to")
-    training_set: str = Field(min_length=1, description="folder of the result; replaced if it holds a training set")
+    views: str = Field(
+        min_length=1,
+        description="folder (relative to the working folder) or fsspec address that view paths are relative to",
+    )
+    training_set: str = Field(
+        min_length=1,
+        description="folder of the result, relative to the working folder; replaced if it holds a training set",
+    )
     split: SplitConfig
     max_quarantined_fraction: float = Field(
         0.1, ge=0.0, le=1.0, description="a view with a larger share of broken rows fails the build"
@@ -150,6 +156,7 @@ def build_training_set(
     """
     # Resolved, so that a link keeps pointing at the set, and the work lies on the disk of the result.
     folder = Path(data.training_set).resolve()
+    check_can_write(folder, name="data.training_set")
     with _stages(progress, _num_stages(schema)) as stage, exclusive(folder):
         inputs = _inputs(schema, data)
         if not force:

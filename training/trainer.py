@@ -141,6 +141,7 @@ def train(
     resume: bool = True,
     workers: int = 1,
     progress: bool = True,
+    verify: bool = True,
 ) -> TrainResult:
     """Trains a model, or goes on with a run that was interrupted.
 
@@ -151,6 +152,8 @@ def train(
         resume: False starts an interrupted or finished run again from nothing.
         workers: processes; more than one needs Ray.
         progress: show progress on stderr.
+        verify: compare the training set's files with their checksums, if they were not since they were last touched
+            (:meth:`~recsys.training_set.TrainingSet.verify_once`).
 
     Returns:
         The result; at once if the folder holds this very run, finished.
@@ -167,6 +170,8 @@ def train(
     check_tasks(experiment, schema, source="experiment")
     folder = RunFolder(Path(run_dir))
     training_set = open_training_set(experiment, schema)
+    if verify:
+        training_set.verify_once()
     with TrainingDisplay(enabled=progress) as display, folder.locked():
         summary = folder.begin(experiment, schema, training_set, resume=resume)
         if summary is not None:

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from recsys.errors import SourceError
-from recsys.files import put_in_place, sync_tree
+from recsys.files import check_can_write, put_in_place, sync_tree
 
 _SUFFIX_LENGTH = 12
 
@@ -31,8 +31,10 @@ def views_folder(output_dir: Path, *, marker: str) -> Iterator[Path]:
         marker: name of the file that the block must write and that proves the folder to be ours.
 
     Raises:
+        ConfigError: nothing can be written there.
         SourceError: ``output_dir`` is a file, or a folder that this package did not write.
     """
+    check_can_write(output_dir, name="output folder")
     output_dir = Path(output_dir).resolve()
     _check_replaceable(output_dir, marker)
     output_dir.parent.mkdir(parents=True, exist_ok=True)

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from recsys.commands.options import Json, Overrides
+from recsys.commands.options import ExperimentArgument, Json, Overrides
 
 
 def build(
-    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="Experiment file.")],
+    config: ExperimentArgument,
     overrides: Overrides = [],  # noqa: B006 - Typer copies it
     force: Annotated[bool, typer.Option("--force", help="Build even if an equal training set is there.")] = False,
     as_json: Json = False,

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from recsys.commands.options import Json, Overrides
+from recsys.commands.options import ExperimentArgument, Json, Overrides
 
 FAILED = 3
 """Exit status of a check that found something."""
@@ -18,7 +18,7 @@ Period = Annotated[
 
 
 def check(
-    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="Experiment file.")],
+    config: ExperimentArgument,
     overrides: Overrides = [],  # noqa: B006 - Typer copies it
     reference: Period = None,
     current: Period = None,

@@ -72,6 +72,7 @@ def convert(
     from feature_store.datasets import DATASETS
     from recsys.commands.terminal import counting, print_facts, print_json, stage
     from recsys.errors import ConfigError, nearest
+    from recsys.files import check_can_write
 
     if name == "list":
         _list(DATASETS, as_json=as_json)
@@ -86,6 +87,7 @@ def convert(
         )
     sampling = _sampling(dataset, negatives, per_positive, seed)
     output = output or Path("data") / name
+    check_can_write(output, name="--output")
     with stage(f"convert {name}") as tell:
         progress = counting(tell, "steps")
         if dataset.load_sampled is None or sampling is None:
