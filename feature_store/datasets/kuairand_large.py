@@ -120,7 +120,7 @@ def _load(
         with view_writers(folder, ["impressions", "events"]) as writers:
             for number, bucket in enumerate(buckets):
                 if bucket.num_rows:
-                    log = pl.read_parquet(folder / "buckets" / f"{number:03d}.parquet")
+                    log = pl.read_parquet(folder / "buckets" / f"{number:03d}.parquet", glob=False)
                     kept = log.unique().sort("time_ms", "user_id", "video_id", *_SMALL, "play_time_ms")
                     repeats += log.height - kept.height
                     impressions = _impressions(kept)

@@ -17,6 +17,13 @@ LEAKS_FOUND = 3
 class DataCommands(TyperGroup):
     """What is no command of the group is the name of a data set: ``recsys data frappe`` converts it."""
 
+    def get_help_option(self, ctx: Any) -> Any:
+        """The ``--help`` flag, False unless given: Typer leaves None, which it imports pydantic to turn into a bool."""
+        option = super().get_help_option(ctx)
+        if option is not None:
+            option.default = False
+        return option
+
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         """The command of some arguments."""
         if args and not args[0].startswith("-") and args[0] not in self.commands:

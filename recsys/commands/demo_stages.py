@@ -258,7 +258,7 @@ def _score(schema: Schema, predictions: Predictions, task: str, root: Path) -> f
         labels = {t.label for t in schema.tasks}
         _view(schema, root, predictions.source_row[order]).drop(labels).write_parquet(source)
         summary = score_parquet(root / "artifact", source, target)
-        scored = pl.read_parquet(target, columns=[f"score_{task}"]).to_series().to_numpy()
+        scored = pl.read_parquet(target, columns=[f"score_{task}"], glob=False).to_series().to_numpy()
         logits, _ = predictions.task(task)
         difference = float(np.abs(scored - sigmoid(logits[order])).max())
         tell(f"{summary.rows:,} rows, {difference:.0e} from the evaluation's at most")
@@ -269,7 +269,7 @@ def _view(schema: Schema, root: Path, rows: np.ndarray) -> pl.DataFrame:
     """Rows of the impressions view, by their ascending numbers."""
     files = find_files("impressions", root / "views", schema.views.impressions.path)
     first, last = int(rows[0]), int(rows[-1])
-    part = pl.scan_parquet(list(files)).slice(first, last - first + 1).collect()
+    part = pl.scan_parquet(list(files), glob=False).slice(first, last - first + 1).collect()
     return part[rows - first]
 
 
