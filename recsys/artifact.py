@@ -40,9 +40,9 @@ from recsys.config import fingerprint, validate
 from recsys.embedded import Embedded, EmbeddedHistory, Space
 from recsys.encoding.encoder import Encoder
 from recsys.errors import ArtifactError, ConfigError, IntegrityError, SchemaError, nearest
+from recsys.files import put_in_place, sha256_of, sync, sync_tree, write_json
 from recsys.manifest import EXPORT_AGAIN, FORMAT, FORMAT_VERSION, MANIFEST, read_manifest
 from recsys.schema import Categorical, Schema
-from recsys.training_set import sha256_of, write_json
 
 Form = Literal["many", "single"]
 PORTABLE: dict[Form, str] = {"many": "network.pt2", "single": "network.single.pt2"}
@@ -252,8 +252,7 @@ class ArtifactWriter:
         """
         files = {}
         for path in sorted(p for p in self.folder.rglob("*") if p.is_file() and p != self.folder / MANIFEST):
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
+            sync(path)
             relative = path.relative_to(self.folder).as_posix()
             files[relative] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
         manifest = {"format": FORMAT, "format_version": FORMAT_VERSION, **fields, "files": files}
@@ -262,27 +261,13 @@ class ArtifactWriter:
 
     def publish(self) -> Path:
         """Gives the folder its name; an artifact that was there is replaced."""
-        for folder in [self.folder, *(p for p in self.folder.rglob("*") if p.is_dir())]:
-            _sync_folder(folder)
-        retired = self._hidden()
-        if self.out.exists():
-            self.out.rename(retired)
-        self.folder.rename(self.out)
-        _sync_folder(self.out.parent)
-        shutil.rmtree(retired, ignore_errors=True)
+        sync_tree(self.folder, files=False)
+        put_in_place(self.folder, self.out, retired=self._hidden())
         return self.out
 
 
 def _is_empty_folder(path: Path) -> bool:
     return path.is_dir() and not any(path.iterdir())
-
-
-def _sync_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 class Artifact:

@@ -5,12 +5,10 @@ Files are read and written in pieces, so memory does not grow with them. The out
 
 from __future__ import annotations
 
-import os
-import secrets
 import shutil
 import time as clock
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +18,7 @@ import pyarrow.parquet as pq
 
 from recsys.encoding.columns import Array
 from recsys.errors import ConfigError, SourceError
+from recsys.files import check_can_write, draft_of, put_in_place, replacing_file, sync_tree
 from serving.frames import FrameReader, score_table
 from serving.scorer import Scorer
 
@@ -213,32 +212,12 @@ def _check(file: Path, reader: FrameReader, added: tuple[str, ...]) -> None:
 
 
 @contextmanager
-def _named(target: Path) -> Iterator[None]:
-    """Says of which output it is that it cannot be written."""
-    try:
-        yield
-    except OSError as err:
-        raise ConfigError(
-            f"output must be a place that can be written to, got {target}: {err.strerror}",
-            hint="choose another place to write to",
-        ) from err
-
-
-@contextmanager
 def _new_file(target: Path) -> Iterator[Path]:
     if target.is_dir():
         raise ConfigError(f"output must be a file, got the folder {target}", hint="name a file in it")
-    draft = target.with_name(f".tmp-{target.name}-{secrets.token_hex(6)}")
-    try:
-        with _named(target):
-            target.parent.mkdir(parents=True, exist_ok=True)
-            draft.touch()
+    check_can_write(target, name="output")
+    with replacing_file(target) as draft:
         yield draft
-        _sync(draft)
-        os.replace(draft, target)
-    finally:
-        with suppress(OSError):
-            draft.unlink()
 
 
 @contextmanager
@@ -247,28 +226,15 @@ def _new_folder(target: Path) -> Iterator[Path]:
         not target.is_dir() or any(p.suffix != ".parquet" for p in target.rglob("*") if p.is_file())
     ):
         raise ConfigError(f"output must be a new folder or one of Parquet files, got {target}")
-    draft = target.with_name(f".tmp-{target.name}-{secrets.token_hex(6)}")
-    retired = draft.with_name(f"{draft.name}-old")
+    check_can_write(target, name="output")
+    draft = draft_of(target)
     try:
-        with _named(target):
-            draft.mkdir(parents=True)
+        draft.mkdir(parents=True)
         yield draft
-        for path in draft.rglob("*"):
-            _sync(path)
-        if target.exists():
-            target.rename(retired)
-        draft.rename(target)
+        sync_tree(draft)
+        put_in_place(draft, target, retired=draft.with_name(f"{draft.name}-old"))
     finally:
         shutil.rmtree(draft, ignore_errors=True)
-        shutil.rmtree(retired, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @contextmanager

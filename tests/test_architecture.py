@@ -36,7 +36,7 @@ def rule(first: str = "", third: str = "", *, own: bool = True) -> Rule:
 
 CONFIG = "recsys.errors recsys.config"
 SCHEMA = f"{CONFIG} recsys.schema"
-ENCODING = f"{SCHEMA} recsys.encoding"
+ENCODING = f"{SCHEMA} recsys.encoding recsys.files"
 STORED = f"{ENCODING} recsys.training_set"
 BATCHES = f"{STORED} recsys.batch recsys.embedded"
 SCORED = f"{BATCHES} recsys.artifact recsys.manifest recsys.predictor recsys.ops feature_store.online"
@@ -48,8 +48,9 @@ RULES = {
     "recsys": rule(own=False),
     "recsys.errors": rule(),
     "recsys.config": rule("recsys.errors", "pydantic yaml"),
+    "recsys.files": rule("recsys.errors"),
     "recsys.schema": rule(CONFIG, "pydantic yaml"),
-    "recsys.encoding": rule(SCHEMA, f"{ARRAYS} pydantic"),
+    "recsys.encoding": rule(f"{SCHEMA} recsys.files", f"{ARRAYS} pydantic"),
     "recsys.training_set": rule(ENCODING, ARRAYS),
     "recsys.ops": rule("recsys.errors", "torch fbgemm_gpu triton"),
     "recsys.layers": rule("recsys.errors recsys.ops", "torch"),
@@ -95,6 +96,7 @@ RULES = {
 # Loading the first must not load any of the others.
 UNLOADED = {
     "recsys.cli": f"{ARRAYS} torch torchrec polars pandas pydantic mlflow ray feature_store training serving",
+    "recsys.files": f"{ARRAYS} torch polars pandas pydantic",
     "recsys.training_set": "torch",
     "feature_store.build": "torch mlflow ray pandas",
     "training.trainer": "ray mlflow pandas",

@@ -41,10 +41,11 @@ from recsys.batch import Bags, Batch, Column, HistoryBatch
 from recsys.config import Config, fingerprint
 from recsys.embedded import Space, widths
 from recsys.errors import ArtifactError, MissingDependencyError
+from recsys.files import write_json
 from recsys.models import RankingModel
 from recsys.predictor import Predictor, quiet, torch_version
 from recsys.schema import UNKNOWN_ID, Schema
-from recsys.training_set import TIME, TrainingSet, write_json
+from recsys.training_set import TIME, TrainingSet
 
 Snapshot = Literal["none", "items", "all"]
 

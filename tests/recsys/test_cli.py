@@ -54,9 +54,9 @@ def fail(error: BaseException) -> Callable[[], Any]:
     return work
 
 
-@pytest.mark.parametrize("command", ["", *COMMANDS])
+@pytest.mark.parametrize("command", ["", *COMMANDS, "data check", "data inspect"])
 def test_help_comes_at_once_and_shows_an_example(command: str) -> None:
-    arguments = [command, "--help"] if command else ["--help"]
+    arguments = [*command.split(), "--help"]
     code = (
         "import sys; from recsys.cli import main\n"
         f"sys.argv = ['recsys', *{arguments!r}]\n"

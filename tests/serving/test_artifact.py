@@ -24,9 +24,9 @@ from recsys.artifact import (
 )
 from recsys.embeddings import Lookup
 from recsys.errors import ArtifactError, SchemaError
+from recsys.files import sha256_of
 from recsys.manifest import MANIFEST
 from recsys.predictor import Predictor, load_predictor, torch_version, unfit
-from recsys.training_set import sha256_of
 from tests.serving.conftest import World
 from tests.synthetic import TABLE_SIZES, random_batch, schema
 
