@@ -15,6 +15,7 @@ from recsys.layers.activations import (
     masked_moments,
 )
 from recsys.layers.attention import ActivationUnit, SoftmaxTargetAttention, TargetAttention
+from recsys.layers.experts import Experts
 from recsys.layers.mlp import MLP, JoinedLinear, JoinedMLP
 from recsys.layers.normalisation import RowBatchNorm
 
@@ -24,6 +25,7 @@ __all__ = [
     "ActivationName",
     "ActivationUnit",
     "Dice",
+    "Experts",
     "JoinedLinear",
     "JoinedMLP",
     "Moments",

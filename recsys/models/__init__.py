@@ -8,6 +8,7 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from recsys.config import Config
+from recsys.models.aw_moe import AWMoEConfig, build_aw_moe
 from recsys.models.base import RankingModel, TrainingOutput, split_output
 from recsys.models.dare import DAREConfig, TWINConfig, build_dare, build_twin
 from recsys.models.din import DINConfig, build_din
@@ -16,12 +17,13 @@ from recsys.schema import Schema
 Builder = Callable[[Any, Schema, Mapping[str, int]], RankingModel]
 
 MODELS: dict[type[Config], Builder] = {
+    AWMoEConfig: build_aw_moe,
     DAREConfig: build_dare,
     DINConfig: build_din,
     TWINConfig: build_twin,
 }
 
-ModelConfig = Annotated[DAREConfig | DINConfig | TWINConfig, Field(discriminator="kind")]
+ModelConfig = Annotated[AWMoEConfig | DAREConfig | DINConfig | TWINConfig, Field(discriminator="kind")]
 
 
 def build_model(config: Config, schema: Schema, table_sizes: Mapping[str, int]) -> RankingModel:
