@@ -15,14 +15,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
+from torch.nn import functional
 
 from recsys.batch import Batch
-from recsys.config import Config
+from recsys.config import Config, InconsistentError
 from recsys.embedded import Embedded, EmbeddedHistory, Space, Use, widths
 from recsys.embeddings import Lookup
 from recsys.errors import SchemaError
@@ -31,6 +32,7 @@ from recsys.losses import binary_cross_entropy
 from recsys.models.base import RankingModel, TrainingOutput
 from recsys.ops.search_attention import (
     attention_pool,
+    masked,
     relevance,
     relevance_single_request,
     top_k_pool,
@@ -88,12 +90,35 @@ class TWINConfig(_LongHistoryConfig):
     )
     projection: bool = Field(False, description="TWIN w/ proj.: linear maps of the shared vectors for each role")
     has_product: bool = Field(True, description="false: TWIN w/o TR, the pooled vector alone")
-    search: Literal["attention", "category", "hash"] = Field(
+    search: Literal["attention", "category", "hash", "sampling"] = Field(
         "attention",
         description="'category': SIM-hard, the newest events of the candidate's category (the last categorical "
-        "attribute of the history), then the newest others; 'hash': ETA, by the Hamming distance of random signs",
+        "attribute of the history), then the newest others; 'hash': ETA, by the Hamming distance of random signs; "
+        "'sampling': SDIM, the sum of the events whose signs agree with the candidate's, no scores at all",
     )
-    hash_bits: int = Field(32, ge=1, le=1024, description="of search 'hash'; FuxiCTR: 32")
+    hash_bits: int = Field(32, ge=1, le=1024, description="of search 'hash' and 'sampling'; FuxiCTR for ETA: 32")
+    hash_width: int = Field(
+        2, ge=1, le=16, description="of search 'sampling': signs that must agree at once; reconstruction"
+    )
+
+    @model_validator(mode="after")
+    def _is_consistent(self) -> Self:
+        problems = []
+        if self.search == "sampling":
+            if self.auxiliary_weight > 0:
+                problems.append(
+                    f"auxiliary_weight must be 0 where search is 'sampling', which has no scores to train, "
+                    f"got {self.auxiliary_weight}"
+                )
+            if self.tables != "shared" or self.projection:
+                problems.append("tables must be 'shared' and projection false where search is 'sampling'")
+            if self.hash_bits % self.hash_width:
+                problems.append(
+                    f"hash_bits must be a multiple of hash_width, got {self.hash_bits} and {self.hash_width}"
+                )
+        if problems:
+            raise InconsistentError(problems)
+        return self
 
 
 class Roles(NamedTuple):
@@ -122,42 +147,35 @@ class EventTokens(nn.Module):
     Args:
         shared: names of what events and candidates both have, in the order of the vector.
         own: names and widths of the event features.
-        num_slots: places counted back from the newest event; older ones share the last.
-        slot_dim: width of a slot's vector.
         spaces: of the events' and of the candidate's vectors.
     """
 
-    def __init__(
-        self, shared: list[str], own: dict[str, int], num_slots: int, slot_dim: int, spaces: tuple[str, str]
-    ) -> None:
+    def __init__(self, shared: list[str], own: dict[str, int], spaces: tuple[str, str]) -> None:
         super().__init__()
         self._event_keys = [_key(name, spaces[0]) for name in shared]
         self._candidate_keys = [_key(name, spaces[1]) for name in shared]
         self._own = [_key(name, spaces[0]) for name in own]
-        self.absent = nn.Parameter(torch.empty(sum(own.values()))) if own else None
-        self.slots = nn.Embedding(num_slots + 1, slot_dim)
+        self.own_size = sum(own.values())
+        self.absent = nn.Parameter(torch.empty(self.own_size)) if own else None
 
-    @property
-    def own_size(self) -> int:
-        """Width of what only events have."""
-        return self.slots.embedding_dim + (0 if self.absent is None else self.absent.numel())
-
-    def candidates(self, embedded: Embedded) -> tuple[Tensor, Tensor]:
+    def candidates(self, embedded: Embedded, slots: nn.Embedding) -> tuple[Tensor, Tensor]:
         """What candidates share with events (N, S), and what they have instead of the rest (O,)."""
         shared_NS = torch.cat([embedded.candidate[key] for key in self._candidate_keys], dim=1)
-        slot_D = self.slots.weight[0]
+        slot_D = slots.weight[0]
         return shared_NS, slot_D if self.absent is None else torch.cat([self.absent, slot_D])
 
-    def events(self, history: EmbeddedHistory) -> tuple[Tensor, Tensor]:
+    def events(self, history: EmbeddedHistory, slots: nn.Embedding) -> tuple[Tensor, Tensor]:
         """The same of events: (R, L, S) and (R, L, O)."""
         shared_RLS = torch.cat([history.features[key] for key in self._event_keys], dim=2)
         age_RL = history.lengths.unsqueeze(1) - torch.arange(shared_RLS.shape[1], device=shared_RLS.device)
-        slots_RLD = self.slots(age_RL.clamp(1, self.slots.num_embeddings - 1))  # the newest event is in slot 1
+        slots_RLD = slots(age_RL.clamp(1, slots.num_embeddings - 1))  # the newest event is in slot 1
         return shared_RLS, torch.cat([*(history.features[key] for key in self._own), slots_RLD], dim=2)
 
 
 class Projected(nn.Module):
     """Linear maps of what candidates and events share: TWIN w/ proj."""
+
+    # DIFF(paper): one map of the whole vector, the slot not in it; the scripts of the code map each feature by itself.
 
     def __init__(self, size: int) -> None:
         super().__init__()
@@ -194,24 +212,32 @@ class SearchedHistory(nn.Module):
             )
         width = widths(schema, config.embedding_dim)
         own = {f.name: width[f.name] for f in history.event_features}
-        own_categorical = {n: attention_dim for n in own if isinstance(schema.feature(n), Categorical)}
-        # DIFF(paper): dense attributes and event features are pooled but not scored, because the score is of tables.
-        self.attention = EventTokens(categorical, own_categorical, config.num_slots, attention_dim, roles[:2])
-        self.values = EventTokens(list(history.attributes), own, config.num_slots, config.embedding_dim, roles[2:])
-        shared = attention_dim * len(categorical)
-        self._scales = (1 / math.sqrt(shared), 1 / math.sqrt(self.attention.own_size))
-        self.values_size = sum(width[n] for n in history.attributes) + self.values.own_size
-        self._category = categorical[-1]
         self.search = config.search if isinstance(config, TWINConfig) else "attention"
+        # Signs of what a candidate has too; nothing is scored.
+        is_scored = self.search != "sampling"
+        own_categorical = {n: attention_dim for n in own if is_scored and isinstance(schema.feature(n), Categorical)}
+        # DIFF(paper): dense attributes and event features are pooled but not scored, because the score is of tables.
+        self.attention = EventTokens(categorical, own_categorical, roles[:2])
+        self.values = EventTokens(list(history.attributes), own, roles[2:])
+        # The table of slots is a role's own exactly where the other tables are.
+        self.slots = nn.Embedding(config.num_slots + 1, config.embedding_dim)
+        is_shared = roles.attention_events == roles.values_events
+        self.attention_slots = None if is_shared else nn.Embedding(config.num_slots + 1, attention_dim)
+        shared = attention_dim * len(categorical)
+        self._scales = (1 / math.sqrt(shared), 1 / math.sqrt(self.attention.own_size + attention_dim))
+        shared_values = sum(width[n] for n in history.attributes)
+        self.values_size = shared_values + self.values.own_size + config.embedding_dim
+        self._category = categorical[-1]
         self.has_product = config.has_product if isinstance(config, TWINConfig) else True
         projects = isinstance(config, TWINConfig) and config.projection
         self.project_attention = Projected(shared) if projects else None
-        self.project_values = Projected(self.values_size - self.values.own_size) if projects else None
-        if isinstance(config, TWINConfig) and self.search == "hash":
+        self.project_values = Projected(shared_values) if projects else None
+        if isinstance(config, TWINConfig) and self.search in ("hash", "sampling"):
             # Signs of random directions, the same ones whenever the model is built; saved with it.
             generator = torch.Generator().manual_seed(0)
             directions = torch.randn(shared, config.hash_bits, generator=generator)
             self.register_buffer("directions", directions)
+            self._hash_width = config.hash_width
 
     @property
     def output_size(self) -> int:
@@ -221,8 +247,11 @@ class SearchedHistory(nn.Module):
     def tokens(self, embedded: Embedded) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Scaled query (N, S), keys (R, L, S), scores that no candidate changes (R, L), candidate (N, V), values."""
         history = embedded.histories[self.name]
-        (query_NS, own_O), (keys_RLS, own_RLO) = self.attention.candidates(embedded), self.attention.events(history)
-        (shared_NC, absent), (events_RLC, own_RLP) = self.values.candidates(embedded), self.values.events(history)
+        slots, attention_slots = self.slots, self.slots if self.attention_slots is None else self.attention_slots
+        query_NS, own_O = self.attention.candidates(embedded, attention_slots)
+        keys_RLS, own_RLO = self.attention.events(history, attention_slots)
+        shared_NC, absent = self.values.candidates(embedded, slots)
+        events_RLC, own_RLP = self.values.events(history, slots)
         if self.project_attention is not None:
             query_NS, keys_RLS = self.project_attention.candidate(query_NS), self.project_attention.events(keys_RLS)
         if self.project_values is not None:
@@ -251,6 +280,12 @@ class SearchedHistory(nn.Module):
     def _training(self, embedded: Embedded, *, with_all: bool) -> tuple[Tensor, Tensor | None]:
         query_NS, keys_RLS, own_RL, candidate_NV, values_RLV = self.tokens(embedded)
         rows, lengths = embedded.request_of_row, embedded.histories[self.name].lengths
+        if self.search == "sampling":
+            pooled_NV = self._sampled(
+                query_NS,
+                *(t.index_select(0, rows) for t in (keys_RLS, values_RLV, lengths)),
+            )
+            return self._joined(candidate_NV, pooled_NV), None
         scores_NL = relevance(query_NS, keys_RLS, rows) + own_RL.index_select(0, rows)
         search_NL = scores_NL
         if self.search == "category":
@@ -267,12 +302,15 @@ class SearchedHistory(nn.Module):
         """As :meth:`forward` where R = 1; nothing of the history is gathered to rows but the chosen events."""
         query_NS, keys_RLS, own_RL, candidate_NV, values_RLV = self.tokens(embedded)
         lengths = embedded.histories[self.name].lengths
-        scores_NL = relevance_single_request(query_NS, keys_RLS) + own_RL
+        if self.search == "sampling":
+            return self._joined(candidate_NV, self._sampled(query_NS, keys_RLS, values_RLV, lengths))
+        scores_NL = relevance_single_request(query_NS, keys_RLS, own_RL, lengths)
         search_NL = scores_NL
         if self.search == "category":
-            search_NL = self._newest_of_category(embedded, torch.zeros_like(embedded.request_of_row))
+            search_NL = masked(self._newest_of_category(embedded, torch.zeros_like(embedded.request_of_row)), lengths)
         elif self.search == "hash":
-            search_NL = relevance_single_request(self._signs(query_NS), self._signs(keys_RLS)) + _newer_wins(scores_NL)
+            newer_1L = _newer_wins(own_RL).unsqueeze(0)
+            search_NL = relevance_single_request(self._signs(query_NS), self._signs(keys_RLS), newer_1L, lengths)
         pooled_NV = top_k_pool_single_request(search_NL, scores_NL, values_RLV, lengths, self.top_k)
         return self._joined(candidate_NV, pooled_NV)
 
@@ -285,6 +323,8 @@ class SearchedHistory(nn.Module):
 
     def _newest_of_category(self, embedded: Embedded, rows: Tensor) -> Tensor:
         """Search scores (N, L): newer events first, those of the candidate's category before all others."""
+        # DIFF(code): the chosen ones are weighed as in every other search. There, the place in the history is scored
+        # twice, once with the scale of the whole vector, by the bound of a slice that is not set on that branch.
         events_RLD = embedded.histories[self.name].features[self._category].index_select(0, rows)
         # RECONSTRUCTION: equal categories by equal vectors, because a network is given no ids.
         is_same_NL = (events_RLD == embedded.candidate[self._category].unsqueeze(1)).all(2)
@@ -294,7 +334,20 @@ class SearchedHistory(nn.Module):
     def _signs(self, vectors: Tensor) -> Tensor:
         # RECONSTRUCTION: ETA's code is not public; signs of random projections, as in FuxiCTR's model_zoo/LongCTR.
         directions: Tensor = self.get_buffer("directions")
-        return torch.where(vectors.detach() @ directions >= 0, 1.0, -1.0)
+        return torch.where(vectors.detach() @ directions >= 0, 1.0, -1.0).to(vectors.dtype)
+
+    def _sampled(self, query: Tensor, keys: Tensor, values: Tensor, lengths: Tensor) -> Tensor:
+        """SDIM: the sum of the events in the candidate's bucket, to length 1, averaged over groups of signs.
+
+        Keys, values and lengths are of rows, or of the one request.
+        """
+        # RECONSTRUCTION: Cao et al., "Sampling Is All You Need on Modeling Long-Term User Behaviors for CTR
+        # Prediction", CIKM 2022, was not at hand, and the code of DARE's authors lacks it: number and width of the
+        # groups are ours.
+        agreeing_NLB = self._signs(query).unsqueeze(1) * self._signs(keys)
+        width, valid_NL = self._hash_width, torch.arange(keys.shape[1], device=keys.device) < lengths.unsqueeze(1)
+        is_same_NLG = (agreeing_NLB.unflatten(2, (-1, width)) > 0).all(3) & valid_NL.unsqueeze(2)
+        return functional.normalize(is_same_NLG.to(values.dtype).transpose(1, 2) @ values, dim=2, eps=1e-6).mean(1)
 
 
 class LongHistoryNetwork(nn.Module):
@@ -371,10 +424,10 @@ class LongHistoryNetwork(nn.Module):
                     nn.init.zeros_(module.bias)
             elif isinstance(module, (Dice, PReLU, RowBatchNorm)):
                 module.reset_parameters()
-            elif isinstance(module, EventTokens):
-                nn.init.normal_(module.slots.weight, std=0.01)
-                if module.absent is not None:
-                    nn.init.normal_(module.absent, std=0.01)
+            elif isinstance(module, nn.Embedding):
+                nn.init.normal_(module.weight, std=0.01)
+            elif isinstance(module, EventTokens) and module.absent is not None:
+                nn.init.normal_(module.absent, std=0.01)
         if self._initialisation == "code":
             for name, parameter in self.named_parameters():
                 if "bias" not in name:

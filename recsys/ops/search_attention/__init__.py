@@ -6,7 +6,8 @@ chosen here, so that callers never know.
 
 from recsys.ops.search_attention.reference import (
     attention_pool,
-    attention_pool_single_request,
+    best,
+    masked,
     relevance,
     relevance_single_request,
     top_k_pool,
@@ -15,7 +16,8 @@ from recsys.ops.search_attention.reference import (
 
 __all__ = [
     "attention_pool",
-    "attention_pool_single_request",
+    "best",
+    "masked",
     "relevance",
     "relevance_single_request",
     "top_k_pool",

@@ -50,6 +50,9 @@ CASES: dict[str, Config] = {
     ),
     "sim hard": TWINConfig(embedding_dim=4, top_k=8, num_slots=6, hidden=(16,), auxiliary_weight=0, search="category"),
     "eta": TWINConfig(embedding_dim=4, top_k=3, num_slots=6, hidden=(16,), auxiliary_hidden=(8,), search="hash"),
+    "sdim": TWINConfig(
+        embedding_dim=4, num_slots=6, hidden=(16,), auxiliary_weight=0, search="sampling", hash_bits=8, hash_width=2
+    ),
     "aw_moe": AWMoEConfig(**AW_MOE),
     "aw_moe & cl": AWMoEConfig(**AW_MOE, contrastive_weight=0.01, mask_probability=0.4),
     "aw_moe query & cl": AWMoEConfig(
@@ -70,7 +73,7 @@ ORDER_FREE |= {name for name, config in CASES.items() if config.kind == "aw_moe"
 """Models for which a history is a bag."""
 DRAWING = {"aw_moe & cl", "aw_moe query & cl"}
 """Models whose own losses draw at random."""
-SEARCHING = {"dare", "twin", "twin 4e", "twin projected", "sim hard", "eta"}
+SEARCHING = {"dare", "twin", "twin 4e", "twin projected", "sim hard", "eta", "sdim"}
 """Models that look at no more than some events of a history."""
 
 STATE_DICT_KEYS: dict[str, list[str]] = {
@@ -116,6 +119,7 @@ VARIANTS = {
     "twin projected",
     "sim hard",
     "eta",
+    "sdim",
     "aw_moe",
     "aw_moe w/o gate unit",
     "aw_moe w/o activation unit",
