@@ -18,6 +18,7 @@ from typer.core import TyperGroup
 from typer.exceptions import TyperException
 
 from recsys.commands import (
+    analyse,
     bench,
     build,
     check,
@@ -163,6 +164,7 @@ app.add_typer(data.data, name="data")
 app.command()(build.build)
 app.command()(train.train)
 app.command()(evaluate.evaluate)
+app.add_typer(analyse.analyse, name="analyse")
 app.command()(export.export)
 app.command()(score.score)
 app.command()(materialize.materialize)
