@@ -48,7 +48,7 @@ def gradients(
         print_json({"run": str(run), "tables": {table: plain(value) for table, value in found.items()}})
         return
     print_table(
-        f"{trained.experiment.name}: gradients of attention and of representation (values), and how often they conflict",
+        f"{trained.experiment.name}: gradients of attention and of representation (values), and conflicts",
         ("table", "attention", "values", "ratio", "steps <0", "rows <0", "cosine"),
         [
             (

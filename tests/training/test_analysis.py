@@ -179,7 +179,7 @@ def test_commands_report_on_a_run(training_set: TrainingSet, make_experiment: Ma
     assert [c["clusters"] for c in clusters] == [2, 20]
     assert 0 <= clusters[0]["bits"] <= 1
     plain = CliRunner().invoke(app, ["analyse", "gradients", str(run_dir), "--batches", "1"])
-    assert "how often they conflict" in plain.stdout
+    assert "and conflicts" in plain.stdout
     wrong = CliRunner().invoke(app, ["analyse", "attention", str(run_dir), "--feature", "tags"])
     assert wrong.exit_code == 2
 
