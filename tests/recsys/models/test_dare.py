@@ -11,11 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from recsys.batch import Batch, HistoryBatch
 from recsys.config import validate
 from recsys.embedded import Embedded
 from recsys.errors import ConfigError, SchemaError
 from recsys.losses import binary_cross_entropy
-from recsys.models import RankingModel, TrainingOutput
+from recsys.metrics import auc
+from recsys.models import MODELS, RankingModel, TrainingOutput
 from recsys.models.dare import (
     DARE_ROLES,
     TWIN_ROLES,
@@ -28,6 +30,7 @@ from recsys.models.dare import (
 from recsys.schema import Categorical, Schema
 from tests.references import dare as reference
 from tests.synthetic import SCHEMA, TABLE_SIZES, random_batch, schema
+from training.objective import Objective
 
 SMALL: dict[str, Any] = {
     "embedding_dim": 4,
@@ -302,3 +305,86 @@ def test_a_schema_that_cannot_be_searched_is_refused() -> None:
     )
     with pytest.raises(SchemaError, match="history 'clicked' must have a categorical attribute for the model 'twin'"):
         build_twin(TWINConfig(), dense, TABLE_SIZES)
+
+
+PLANTED = validate(
+    Schema,
+    {
+        "name": "planted",
+        "views": {
+            "impressions": {"user": "u", "item": "i", "time": "t"},
+            "events": {"user": "u", "item": "i", "time": "t"},
+            "items": {"path": "i.parquet", "key": "i"},
+        },
+        "features": [{"name": "i", "kind": "categorical", "scope": "item"}],
+        "histories": [{"name": "h", "attributes": ["i"]}],
+        "tasks": [{"name": "click", "label": "y"}],
+    },
+    source="planted",
+)
+NUM_GROUPS, NUM_ITEMS, NUM_EVENTS = 4, 40, 20
+
+
+def two_meanings(requests: int, seed: int) -> tuple[Batch, Tensor, Tensor]:
+    """An item is of a group, which decides what it is relevant to, and good or bad, which decides what it says there.
+
+    A click depends on how good the events of the candidate's own group were. So items of one group must be alike for
+    attention and, the good and the bad, opposites for representation: in few dimensions one vector cannot be both.
+    """
+    drawn, fixed = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(99)
+    group, is_good = torch.arange(NUM_ITEMS) % NUM_GROUPS, torch.rand(NUM_ITEMS, generator=fixed) < 0.5
+    history = torch.randint(0, NUM_ITEMS, (requests, NUM_EVENTS), generator=drawn)
+    candidate = torch.randint(0, NUM_ITEMS, (requests,), generator=drawn)
+    is_own = group[history] == group[candidate].unsqueeze(1)
+    mean = (is_own * torch.where(is_good[history], 1.0, -1.0)).sum(1) / is_own.sum(1).clamp(min=1)
+    probability = torch.sigmoid(3 * mean)
+    labels = (torch.rand(requests, generator=drawn) < probability).float()
+    events = HistoryBatch(
+        torch.arange(requests + 1) * NUM_EVENTS,
+        torch.zeros(requests * NUM_EVENTS, dtype=torch.int64),
+        {"i": (history + 2).flatten()},
+    )
+    batch = Batch(
+        torch.arange(requests),
+        torch.zeros(requests, dtype=torch.int64),
+        {},
+        {},
+        {"i": candidate + 2},
+        {},
+        {"h": events},
+        labels.unsqueeze(1),
+    )
+    return batch, labels, probability
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1])
+def test_where_the_roles_need_different_vectors_dare_beats_twin(seed: int) -> None:
+    train, _, _ = two_meanings(8000, 1)
+    batches = [train.select_requests(torch.arange(start, start + 500)) for start in range(0, 8000, 500)]
+    test, labels, probability = two_meanings(4000, 2)
+    sizes: dict[str, Any] = {
+        "embedding_dim": 4,
+        "top_k": 4,
+        "num_slots": 20,
+        "hidden": (32, 16),
+        "auxiliary_hidden": (16,),
+    }
+    scores = {}
+    for config in (DAREConfig(**sizes, attention_dim=4), TWINConfig(**sizes)):
+        torch.manual_seed(seed)
+        model = MODELS[type(config)](config, PLANTED, {"i": NUM_ITEMS + 2}).train()
+        for table in model.lookup.parameters():
+            nn.init.normal_(table, std=0.1)
+        optimizer, objective = torch.optim.Adam(model.parameters(), lr=0.03), Objective(PLANTED, {})
+        for step in range(250):
+            batch = batches[step % len(batches)]
+            assert batch.labels is not None
+            optimizer.zero_grad()
+            objective(model(batch), batch.labels, batch.num_rows).backward()
+            optimizer.step()
+        with torch.no_grad():
+            scores[config.kind] = auc(labels.numpy(), model.eval()(test)[:, 0].numpy())
+    ceiling = auc(labels.numpy(), probability.numpy())
+    assert scores["dare"] > 0.5 + 0.6 * (ceiling - 0.5)
+    assert scores["dare"] > scores["twin"] + 0.1 * (ceiling - 0.5)
