@@ -12,15 +12,18 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from recsys.batch import Batch, HistoryBatch
 from recsys.config import validate
 from recsys.embedded import Embedded
 from recsys.errors import ConfigError, SchemaError
+from recsys.metrics import auc
 from recsys.models import RankingModel, TrainingOutput
 from recsys.models.aw_moe import AWMoEConfig, build_aw_moe, thinned
 from recsys.schema import Schema
 from tests.references import aw_moe as reference
 from tests.references import losses as reference_losses
 from tests.synthetic import SCHEMA, TABLE_SIZES, random_batch, schema
+from training.objective import Objective
 
 SMALL: dict[str, Any] = {
     "embedding_dim": 4,
@@ -302,3 +305,101 @@ def test_a_schema_without_history_or_query_is_refused() -> None:
     with pytest.raises(SchemaError, match="at least one of scope context where the anchor is 'query'"):
         build_aw_moe(AWMoEConfig(anchor="query"), no_context, TABLE_SIZES)
     build_aw_moe(AWMoEConfig(), no_context, TABLE_SIZES)
+
+
+PLANTED = validate(
+    Schema,
+    {
+        "name": "planted",
+        "views": {
+            "impressions": {"user": "u", "item": "i", "time": "t"},
+            "events": {"user": "u", "item": "i", "time": "t"},
+            "items": {"path": "i.parquet", "key": "i"},
+        },
+        "features": [
+            {"name": "i", "kind": "categorical", "scope": "item"},
+            {"name": "page", "kind": "categorical", "scope": "context"},
+        ],
+        "histories": [{"name": "h", "attributes": ["i"]}],
+        "tasks": [{"name": "click", "label": "y"}],
+    },
+    source="planted",
+)
+NUM_HABITS, NUM_ITEMS = 4, 120
+
+
+def users_of_habits(users: int, seed: int, *, short: float) -> tuple[Batch, Tensor, Tensor]:
+    """Each habit likes another half of the items, and most of a user's events are items that the habit likes.
+
+    Args:
+        short: share of users of whom one to three events are known; of the others, 20 are.
+    """
+    drawn, fixed = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(99)
+    likes = torch.rand(NUM_HABITS, NUM_ITEMS, generator=fixed) < 0.5
+    habit = torch.randint(0, NUM_HABITS, (users,), generator=drawn)
+    history = torch.multinomial(torch.where(likes[habit], 1.0, 0.25), 20, replacement=True, generator=drawn)
+    candidate = torch.randint(0, NUM_ITEMS, (users,), generator=drawn)
+    labels = (torch.rand(users, generator=drawn) < torch.where(likes[habit, candidate], 0.85, 0.15)).float()
+    is_short = torch.rand(users, generator=drawn) < short
+    lengths = torch.where(is_short, torch.randint(1, 4, (users,), generator=drawn), 20)
+    kept = torch.arange(20) < lengths.unsqueeze(1)
+    events = HistoryBatch(
+        torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)]),
+        torch.zeros(int(lengths.sum()), dtype=torch.int64),
+        {"i": (history + 2)[kept]},
+    )
+    batch = Batch(
+        torch.arange(users),
+        torch.zeros(users, dtype=torch.int64),
+        {},
+        {"page": torch.ones(users, dtype=torch.int64)},
+        {"i": candidate + 2},
+        {},
+        {"h": events},
+        labels.unsqueeze(1),
+        user_row=torch.arange(users) + 1,
+    )
+    return batch, labels, lengths
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1])
+def test_the_contrastive_loss_helps_users_of_short_histories(seed: int) -> None:
+    """Trained on long histories alone, scored where one to three events are known: what thinning prepares the gate for.
+
+    The gain is larger there than where 20 events are known.
+    """
+    train, _, _ = users_of_habits(6000, 1, short=0.0)
+    batches = [train.select_requests(torch.arange(start, start + 300)) for start in range(0, 6000, 300)]
+    test, labels, lengths = users_of_habits(4000, 2, short=0.5)
+    gains: dict[str, float] = {}
+    for weight in (0.0, 0.5):
+        config = AWMoEConfig(
+            embedding_dim=8,
+            group_hidden=(16,),
+            attention_hidden=(16,),
+            expert_hidden=(32, 16),
+            gate_hidden=(16,),
+            activation_hidden=(16,),
+            anchor="query",
+            contrastive_weight=weight,
+            mask_probability=0.9,
+        )
+        torch.manual_seed(seed)
+        model = build_aw_moe(config, PLANTED, {"i": NUM_ITEMS + 2, "page": 3}).train()
+        for table in model.lookup.parameters():
+            nn.init.normal_(table, std=0.1)
+        optimizer, objective = torch.optim.Adam(model.parameters(), lr=0.005), Objective(PLANTED, {})
+        for step in range(300):
+            batch = batches[step % len(batches)]
+            assert batch.labels is not None
+            optimizer.zero_grad()
+            objective(model(batch), batch.labels, batch.num_rows).backward()
+            optimizer.step()
+        with torch.no_grad():
+            logits = model.eval()(test)[:, 0].numpy()
+        for name, rows in (("short", (lengths < 4).numpy()), ("long", (lengths == 20).numpy())):
+            found = auc(labels.numpy()[rows], logits[rows])
+            gains[name] = found - gains.get(name, 0.0)
+    assert gains["short"] > 0.02
+    assert gains["short"] > gains["long"] + 0.01
