@@ -45,7 +45,9 @@ class TrainingConfig(Config):
     embedding_optimizer: EmbeddingOptimizerConfig = AdagradConfig()
     dense_optimizer: DenseOptimizerConfig = DenseAdamConfig()
     gradient_clip_norm: float | None = Field(
-        None, gt=0, description="bound on the norm of the dense gradient; tables are updated before a norm is known"
+        None,
+        gt=0,
+        description="bound on the norm of the whole gradient; without the tables where their optimizer is fused",
     )
     task_weights: dict[Name, float] = Field(default_factory=dict, description="weight in the loss; 1 if not given")
     shuffle: ShuffleConfig = ShuffleConfig()

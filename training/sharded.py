@@ -25,10 +25,16 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 from recsys.layers.activations import Dice, Moments
 from recsys.models import RankingModel
 from training.optim import (
+    AdamConfig,
     DenseOptimizerConfig,
     EmbeddingOptimizerConfig,
+    FusedConfig,
+    LazyAdamConfig,
     dense_optimizer,
+    dense_parameters,
     embedding_optimizer,
+    optimize_tables,
+    table_parameters,
 )
 from training.strategy import Prepared
 
@@ -53,7 +59,13 @@ class ShardedProcesses:
         embedding: EmbeddingOptimizerConfig,
         dense: DenseOptimizerConfig,
     ) -> Prepared:
-        """Shards every table by rows, replicates the rest, and builds the optimizers."""
+        """Shards every table by rows, replicates the rest, and builds the optimizers.
+
+        Tables whose optimizer is not fused are replicated, not sharded: every rank holds them whole, and their
+        gradients are averaged like all others.
+        """
+        if not isinstance(embedding, FusedConfig):
+            return self._replicated(model, embedding, dense)
         optimizer = embedding_optimizer(embedding)
         sharder = EmbeddingBagCollectionSharder()
         plan: dict[str, Any] = {}
@@ -82,7 +94,20 @@ class ShardedProcesses:
         combined = CombinedOptimizer(
             [("tables", parallel.fused_optimizer), ("dense", dense_optimizer(dense, parameters))]
         )
-        return Prepared(parallel, combined, list(parameters.values()))
+        return Prepared(parallel, combined, parameters, {})
+
+    def _replicated(
+        self, model: RankingModel, embedding: AdamConfig | LazyAdamConfig, dense: DenseOptimizerConfig
+    ) -> Prepared:
+        model.to(self.device)
+        of_tables = optimize_tables(
+            table_parameters(model), model, embedding
+        )  # before the wrapper looks for sparse ones
+        synchronise_moments(model)
+        parallel = DistributedModelParallel(model, device=self.device, plan=ShardingPlan({}), sharders=[])
+        tables, parameters = table_parameters(model), dense_parameters(model)
+        optimizer = CombinedOptimizer([("tables", of_tables), ("dense", dense_optimizer(dense, parameters))])
+        return Prepared(parallel, optimizer, parameters, tables)
 
     def all_sum(self, values: Tensor) -> Tensor:
         """Element-wise sum over ranks."""

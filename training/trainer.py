@@ -39,6 +39,7 @@ from training.evaluate import Predictions, evaluate, plain, predict
 from training.experiment import ExperimentConfig, check_tasks
 from training.memory import keep_freed_memory
 from training.objective import Objective
+from training.optim import clip_gradients
 from training.run import RunFolder, flatten
 from training.run_report import write_run_report
 from training.strategy import SingleProcess, Strategy
@@ -261,7 +262,7 @@ class Trainer:
             folder.checkpoints, rank=strategy.rank, world=strategy.world, barrier=strategy.barrier
         )
         model = build_model(experiment.model, schema, training_set.encoder.table_sizes)
-        self._model, self._optimizer, self._dense = strategy.prepare(
+        self._model, self._optimizer, self._dense, self._tables = strategy.prepare(
             model, self._config.embedding_optimizer, self._config.dense_optimizer
         )
         self._objective = Objective(schema, self._config.task_weights).to(strategy.device)
@@ -315,9 +316,9 @@ class Trainer:
         assert batch.labels is not None
         self._optimizer.zero_grad()
         loss = self._objective(self._model(batch), batch.labels, loaded.num_rows)
-        (loss * self._strategy.loss_scale).backward()  # updates the embedding tables
+        (loss * self._strategy.loss_scale).backward()  # updates the tables whose optimizer is fused
         if self._config.gradient_clip_norm is not None:
-            torch.nn.utils.clip_grad_norm_(self._dense, self._config.gradient_clip_norm)
+            clip_gradients((*self._dense.values(), *self._tables.values()), self._config.gradient_clip_norm)
         self._optimizer.step()
         self._unseen.append((loss.detach(), loaded.num_rows))
         progress = self._progress

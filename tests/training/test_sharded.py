@@ -20,6 +20,7 @@ from recsys.training_set import TrainingSet
 from tests.synthetic import SCHEMA, SPLIT
 from tests.training_sets import build_synthetic
 from training.experiment import ExperimentConfig
+from training.run import RunFolder
 from training.trainer import train
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
@@ -91,6 +92,34 @@ def test_two_ray_workers_follow_one_process_for_100_steps(folder: Path, tmp_path
     again = train(config, schema, tmp_path / "two", progress=False)
     assert again.was_finished
     assert again.best_checkpoint == two.best_checkpoint
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"embedding_optimizer": {"kind": "adam", "lr": 0.01}, "gradient_clip_norm": 0.3},
+        {"embedding_optimizer": {"kind": "lazy_adam", "lr": 0.01}, "gradient_clip_norm": 0.3},
+    ],
+    ids=["adam", "lazy_adam"],
+)
+def test_two_ranks_follow_one_process_with_any_recipe(folder: Path, tmp_path: Path, settings: dict[str, Any]) -> None:
+    config, schema = experiment(folder, **settings, epochs=2)
+    train(config, schema, tmp_path / "one", progress=False)
+    RunFolder(tmp_path / "two").begin(config, schema, TrainingSet.open(folder / "training_set"), resume=True)
+    in_processes(_train_two, 2, tmp_path, folder, settings)
+    single, sharded = losses(tmp_path / "one"), losses(tmp_path / "two")
+    assert len(single) == len(sharded) > 25
+    assert abs(single[-1] - single[0]) > 1e-2, "the run must have moved"
+    np.testing.assert_allclose(sharded, single, rtol=0, atol=2e-5)
+
+
+def _train_two(tmp_path: Path, folder: Path, settings: dict[str, Any]) -> None:
+    from training.console import TrainingDisplay
+    from training.sharded import ShardedProcesses
+    from training.trainer import train_rank
+
+    config, schema = experiment(folder, **settings, epochs=2)
+    train_rank(config, schema, tmp_path / "two", ShardedProcesses(), display=TrainingDisplay(enabled=False))
 
 
 def _moments_equal(folder: Path) -> None:
