@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from feature_store.build import DataConfig
 from recsys.config import Config, apply_overrides, fingerprint, load_yaml, validate
@@ -15,6 +15,7 @@ from recsys.models import ModelConfig
 from recsys.schema import Name, Schema
 from training.data import ShuffleConfig
 from training.optim import AdagradConfig, DenseAdamConfig, DenseOptimizerConfig, EmbeddingOptimizerConfig
+from training.schedule import ConstantSchedule, ScheduleConfig
 from training.tracking import TrackingConfig
 
 MetricName = Literal["auc", "gauc", "logloss", "ne", "ece"]
@@ -49,6 +50,14 @@ class TrainingConfig(Config):
         gt=0,
         description="bound on the norm of the whole gradient; without the tables where their optimizer is fused",
     )
+    embedding_l2: float = Field(
+        0.0, ge=0, description="lambda of lambda / 2 times the sum of squares of all rows of all tables; for adam"
+    )
+    dense_l2: float = Field(0.0, ge=0, description="the same of the network's parameters but its biases")
+    mini_batch_aware_l2: float = Field(
+        0.0, ge=0, description="lambda of DIN's regularisation of the rows of a batch; paper: 0.01"
+    )
+    lr_schedule: ScheduleConfig = ConstantSchedule()
     task_weights: dict[Name, float] = Field(default_factory=dict, description="weight in the loss; 1 if not given")
     shuffle: ShuffleConfig = ShuffleConfig()
     selection: SelectionConfig = SelectionConfig()
@@ -58,6 +67,15 @@ class TrainingConfig(Config):
     prefetch_batches: int = Field(4, ge=0, description="built ahead in the background")
     checkpoint_every_s: float = Field(300.0, gt=0, description="seconds, besides one an epoch")
     log_every_steps: int = Field(100, ge=1, description="steps between two lines of training loss")
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if self.embedding_l2 and self.embedding_optimizer.kind != "adam":
+            raise ValueError(
+                f"embedding_l2 must be 0 with embedding_optimizer.kind {self.embedding_optimizer.kind!r}, which never "
+                f"sees the rows outside a batch, got {self.embedding_l2}; take kind 'adam', or mini_batch_aware_l2"
+            )
+        return self
 
 
 _DECIDES_NOTHING = frozenset(

@@ -144,6 +144,27 @@ class EmbeddingOptimizer(NamedTuple):
     kwargs: dict[str, Any]
 
 
+class TableRows(NamedTuple):
+    """The part of a table that a process holds.
+
+    Attributes:
+        weight: (rows, width), the storage itself.
+        first: the table's row that stands first in it.
+    """
+
+    weight: Tensor
+    first: int
+
+
+def rows_of_tables(model: nn.Module) -> dict[str, TableRows]:
+    """Every table of a model whose tables are whole, fused or not, by table."""
+    found = {}
+    for module in model.modules():
+        if isinstance(module, EmbeddingBagCollection | FusedEmbeddingBagCollection):
+            found |= {name: TableRows(bag.weight, 0) for name, bag in module.embedding_bags.items()}
+    return found
+
+
 def embedding_optimizer(config: FusedConfig) -> EmbeddingOptimizer:
     """The fused optimizer that a config describes, for :func:`fuse_embeddings` or for sharded tables."""
     match config:

@@ -7,6 +7,7 @@ objective is a sum over the global batch, so that the ranks together take the ve
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -30,10 +31,12 @@ from training.optim import (
     EmbeddingOptimizerConfig,
     FusedConfig,
     LazyAdamConfig,
+    TableRows,
     dense_optimizer,
     dense_parameters,
     embedding_optimizer,
     optimize_tables,
+    rows_of_tables,
     table_parameters,
 )
 from training.strategy import Prepared
@@ -94,7 +97,7 @@ class ShardedProcesses:
         combined = CombinedOptimizer(
             [("tables", parallel.fused_optimizer), ("dense", dense_optimizer(dense, parameters))]
         )
-        return Prepared(parallel, combined, parameters, {})
+        return Prepared(parallel, combined, parameters, {}, _held_rows(parallel, weights))
 
     def _replicated(
         self, model: RankingModel, embedding: AdamConfig | LazyAdamConfig, dense: DenseOptimizerConfig
@@ -107,7 +110,7 @@ class ShardedProcesses:
         parallel = DistributedModelParallel(model, device=self.device, plan=ShardingPlan({}), sharders=[])
         tables, parameters = table_parameters(model), dense_parameters(model)
         optimizer = CombinedOptimizer([("tables", of_tables), ("dense", dense_optimizer(dense, parameters))])
-        return Prepared(parallel, optimizer, parameters, tables)
+        return Prepared(parallel, optimizer, parameters, tables, rows_of_tables(model))
 
     def all_sum(self, values: Tensor) -> Tensor:
         """Element-wise sum over ranks."""
@@ -141,6 +144,22 @@ def _fill_shards(parallel: nn.Module, weights: dict[str, Tensor]) -> None:
             row, column = shard.metadata.shard_offsets
             height, width = shard.metadata.shard_sizes
             shard.tensor.detach().copy_(weight[row : row + height, column : column + width])
+
+
+def _held_rows(parallel: nn.Module, weights: Iterable[str]) -> dict[str, TableRows]:
+    """This rank's rows of each table; none where there are fewer rows than ranks."""
+    state = parallel.state_dict()
+    found = {}
+    for name in weights:
+        shards = state[name].local_shards()
+        assert len(shards) <= 1, "a table is sharded by rows, one shard a rank"
+        table = name.split(".")[-2]
+        found[table] = (
+            TableRows(shards[0].tensor, shards[0].metadata.shard_offsets[0])
+            if shards
+            else TableRows(torch.empty(0, 1), 0)
+        )
+    return found
 
 
 def _even_bags(module: ShardedEmbeddingBagCollection) -> None:

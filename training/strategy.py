@@ -17,10 +17,12 @@ from training.optim import (
     DenseOptimizerConfig,
     EmbeddingOptimizerConfig,
     FusedConfig,
+    TableRows,
     dense_optimizer,
     dense_parameters,
     fuse_embeddings,
     optimize_tables,
+    rows_of_tables,
     table_parameters,
 )
 
@@ -33,12 +35,14 @@ class Prepared(NamedTuple):
         optimizer: everything that has state; its ``step`` updates what the backward pass has not.
         dense: parameters outside the tables, by name; ``step`` updates them.
         tables: the tables that have gradients, by name; ``step`` updates them too. None where the optimizer is fused.
+        rows: what this process holds of each table, by table.
     """
 
     model: nn.Module
     optimizer: KeyedOptimizer
     dense: dict[str, nn.Parameter]
     tables: dict[str, nn.Parameter]
+    rows: dict[str, TableRows]
 
 
 class Strategy(Protocol):
@@ -118,7 +122,7 @@ class SingleProcess:
             of_tables = optimize_tables(tables, model, embedding)
         parameters = dense_parameters(model)
         optimizer = CombinedOptimizer([("tables", of_tables), ("dense", dense_optimizer(dense, parameters))])
-        return Prepared(model, optimizer, parameters, tables)
+        return Prepared(model, optimizer, parameters, tables, rows_of_tables(model))
 
     def all_sum(self, values: Tensor) -> Tensor:
         """The values themselves."""

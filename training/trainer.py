@@ -32,6 +32,7 @@ from recsys.metrics import Metrics
 from recsys.models import build_model
 from recsys.schema import Schema
 from recsys.training_set import TrainingSet, write_json
+from training import schedule
 from training.checkpoint import CheckpointStore, checkpoint_name
 from training.console import TrainingDisplay, quiet_libraries
 from training.data import BatchLoader, LoadedBatch
@@ -39,9 +40,11 @@ from training.evaluate import Predictions, evaluate, plain, predict
 from training.experiment import ExperimentConfig, check_tasks
 from training.memory import keep_freed_memory
 from training.objective import Objective
-from training.optim import clip_gradients
+from training.optim import clip_gradients, rows_of_tables
+from training.regularisation import MiniBatchAwareDecay, add_l2, count_impressions, without_biases
 from training.run import RunFolder, flatten
 from training.run_report import write_run_report
+from training.schedule import LearningRates
 from training.strategy import SingleProcess, Strategy
 from training.tracking import Tracker
 
@@ -67,6 +70,7 @@ class Progress:
         is_done: training has ended; what is left is the test split.
         train_s: seconds in training steps, over all attempts.
         metrics_bytes: length of the metrics file.
+        plateau, stalled_epochs: state of a learning-rate schedule that waits for a better epoch.
     """
 
     epoch: int = 0
@@ -84,6 +88,8 @@ class Progress:
     train_s: float = 0.0
     total_rows: int = 0
     metrics_bytes: int = 0
+    plateau: float = 1.0
+    stalled_epochs: int = 0
 
 
 @dataclass(frozen=True)
@@ -262,9 +268,21 @@ class Trainer:
             folder.checkpoints, rank=strategy.rank, world=strategy.world, barrier=strategy.barrier
         )
         model = build_model(experiment.model, schema, training_set.encoder.table_sizes)
-        self._model, self._optimizer, self._dense, self._tables = strategy.prepare(
+        uses, table_rows = model.lookup.uses, {name: len(weight) for name, (weight, _) in rows_of_tables(model).items()}
+        self._model, self._optimizer, self._dense, self._tables, rows = strategy.prepare(
             model, self._config.embedding_optimizer, self._config.dense_optimizer
         )
+        self._rates = LearningRates(self._optimizer.param_groups)
+        self._decay: MiniBatchAwareDecay | None = None
+        if self._config.mini_batch_aware_l2:
+            display.say("counting the impressions of every id")
+            self._decay = MiniBatchAwareDecay(
+                uses,
+                rows,
+                count_impressions(training_set, uses, table_rows),
+                self._config.mini_batch_aware_l2,
+                strategy.all_gather,
+            )
         self._objective = Objective(schema, self._config.task_weights).to(strategy.device)
         self._progress = Progress()
         self._unseen: list[tuple[Tensor, int]] = []  # losses still on the device, rows of their global batches
@@ -314,9 +332,17 @@ class Trainer:
     def _step(self, loaded: LoadedBatch) -> None:
         batch = loaded.batch.to(self._strategy.device)
         assert batch.labels is not None
+        factor = self._factor()
+        self._rates.set(factor)
         self._optimizer.zero_grad()
         loss = self._objective(self._model(batch), batch.labels, loaded.num_rows)
+        if self._decay is not None:
+            self._decay.apply(batch, self._config.embedding_optimizer.lr * factor)
         (loss * self._strategy.loss_scale).backward()  # updates the tables whose optimizer is fused
+        if self._config.embedding_l2:
+            add_l2(self._tables.values(), self._config.embedding_l2)
+        if self._config.dense_l2:
+            add_l2(without_biases(self._dense), self._config.dense_l2)
         if self._config.gradient_clip_norm is not None:
             clip_gradients((*self._dense.values(), *self._tables.values()), self._config.gradient_clip_norm)
         self._optimizer.step()
@@ -325,6 +351,19 @@ class Trainer:
         progress.batch += 1
         progress.step += 1
         self._display.advance(loaded.num_rows)
+
+    def _factor(self) -> float:
+        """What the learning rates of the next step are multiplied by."""
+        config = self._config
+        total_steps = max(config.epochs * self._training_set.split("train").num_rows // config.batch_size, 1)
+        return schedule.factor(
+            config.lr_schedule, self._progress.step, total_steps=total_steps, plateau=self._progress.plateau
+        )
+
+    def _learning_rates(self) -> dict[str, float]:
+        """Of the next step."""
+        config, factor = self._config, self._factor()
+        return {"tables": config.embedding_optimizer.lr * factor, "network": config.dense_optimizer.lr * factor}
 
     def _look(self, stop: _StopSignals) -> None:
         """Checks the losses; saves a checkpoint if it is time or if the process is told to stop."""
@@ -387,9 +426,11 @@ class Trainer:
     def _log_window(self) -> None:
         progress = self._progress
         loss = progress.window_loss / progress.window_rows
-        self._write_metrics({"kind": "step", "step": progress.step, "epoch": progress.epoch + 1, "train_loss": loss})
+        rates = self._learning_rates()
+        line = {"kind": "step", "step": progress.step, "epoch": progress.epoch + 1, "train_loss": loss, "lr": rates}
+        self._write_metrics(line)
         if self._tracker is not None:
-            self._tracker.log_metrics({"train.loss": loss}, progress.step)
+            self._tracker.log_metrics({"train.loss": loss} | flatten({"train.lr": rates}), progress.step)
         progress.window_rows, progress.window_loss = 0, 0.0
 
     # Epochs
@@ -413,6 +454,12 @@ class Trainer:
             progress.best_value, progress.worse_epochs = value, 0
         else:
             progress.worse_epochs += 1
+        progress.plateau, progress.stalled_epochs = schedule.after_epoch(
+            self._config.lr_schedule,
+            is_best=is_best,
+            plateau=progress.plateau,
+            stalled_epochs=progress.stalled_epochs,
+        )
         is_patient = selection.patience is None or progress.worse_epochs < selection.patience
         progress.is_done = progress.epoch >= self._config.epochs or not is_patient
         progress.batch, progress.epoch_rows, progress.epoch_loss = 0, 0, 0.0
@@ -423,6 +470,7 @@ class Trainer:
             "train_loss": train_loss,
             "validation": plain(metrics),
             "is_best": is_best,
+            "lr": self._learning_rates(),
         }
         self._write_metrics(line)
         self._save()

@@ -97,10 +97,26 @@ def test_two_ray_workers_follow_one_process_for_100_steps(folder: Path, tmp_path
 @pytest.mark.parametrize(
     "settings",
     [
-        {"embedding_optimizer": {"kind": "adam", "lr": 0.01}, "gradient_clip_norm": 0.3},
-        {"embedding_optimizer": {"kind": "lazy_adam", "lr": 0.01}, "gradient_clip_norm": 0.3},
+        {
+            "embedding_optimizer": {"kind": "adam", "lr": 0.01},
+            "embedding_l2": 0.05,
+            "dense_l2": 0.01,
+            "gradient_clip_norm": 0.3,
+            "lr_schedule": {"kind": "plateau", "warmup_steps": 5},
+        },
+        {
+            "embedding_optimizer": {"kind": "lazy_adam", "lr": 0.01},
+            "gradient_clip_norm": 0.3,
+            "mini_batch_aware_l2": 0.5,
+            "lr_schedule": {"kind": "exponential", "rate": 0.5, "every_steps": 10},
+        },
+        {
+            "embedding_optimizer": {"kind": "sgd", "lr": 1.0},
+            "mini_batch_aware_l2": 5.0,
+            "lr_schedule": {"kind": "cosine", "warmup_steps": 5},
+        },
     ],
-    ids=["adam", "lazy_adam"],
+    ids=["adam", "lazy_adam", "fused"],
 )
 def test_two_ranks_follow_one_process_with_any_recipe(folder: Path, tmp_path: Path, settings: dict[str, Any]) -> None:
     config, schema = experiment(folder, **settings, epochs=2)
