@@ -13,6 +13,7 @@ from recsys.config import Config, apply_overrides, fingerprint, load_yaml, valid
 from recsys.errors import ConfigError, nearest
 from recsys.models import ModelConfig
 from recsys.schema import Name, Schema
+from training.balancing import BalancingConfig, NoBalancing
 from training.data import ShuffleConfig
 from training.optim import AdagradConfig, DenseAdamConfig, DenseOptimizerConfig, EmbeddingOptimizerConfig
 from training.schedule import ConstantSchedule, ScheduleConfig
@@ -59,6 +60,7 @@ class TrainingConfig(Config):
     )
     lr_schedule: ScheduleConfig = ConstantSchedule()
     task_weights: dict[Name, float] = Field(default_factory=dict, description="weight in the loss; 1 if not given")
+    task_balancing: BalancingConfig = NoBalancing()
     shuffle: ShuffleConfig = ShuffleConfig()
     selection: SelectionConfig = SelectionConfig()
     evaluation_batch_size: int = Field(2048, ge=1, description="rows")

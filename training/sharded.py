@@ -23,7 +23,7 @@ from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backwa
 from torchrec.optim.keyed import CombinedOptimizer
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
-from recsys.layers.activations import Dice, Moments
+from recsys.layers.activations import Moments
 from recsys.models import RankingModel
 from training.optim import (
     AdamConfig,
@@ -229,5 +229,5 @@ def moments_over_ranks(x: Tensor, valid: Tensor | None) -> Moments:
 def synchronise_moments(model: nn.Module) -> None:
     """Makes every layer with batch statistics take them over all ranks, as one process would over the global batch."""
     for module in model.modules():
-        if isinstance(module, Dice):
+        if "moments" in vars(module):
             module.moments = moments_over_ranks

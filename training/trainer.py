@@ -26,6 +26,7 @@ from typing import Any, NoReturn, Self
 
 import torch
 from torch import Tensor
+from torchrec.optim.keyed import KeyedOptimizer
 
 from recsys.errors import CheckpointError, ConfigError, DataError, IntegrityError, TrainingError
 from recsys.metrics import Metrics
@@ -33,6 +34,7 @@ from recsys.models import build_model
 from recsys.schema import Schema
 from recsys.training_set import TrainingSet, write_json
 from training import schedule
+from training.balancing import build_balance
 from training.checkpoint import CheckpointStore, checkpoint_name
 from training.console import TrainingDisplay, quiet_libraries
 from training.data import BatchLoader, LoadedBatch
@@ -40,7 +42,7 @@ from training.evaluate import Predictions, evaluate, plain, predict
 from training.experiment import ExperimentConfig, check_tasks
 from training.memory import keep_freed_memory
 from training.objective import Objective
-from training.optim import clip_gradients, rows_of_tables
+from training.optim import clip_gradients, dense_optimizer, rows_of_tables
 from training.regularisation import MiniBatchAwareDecay, add_l2, count_impressions, without_biases
 from training.run import RunFolder, flatten
 from training.run_report import write_run_report
@@ -162,7 +164,7 @@ def train(
         The result; at once if the folder holds this very run, finished.
 
     Raises:
-        ConfigError: the folder holds another run, or another process trains into it.
+        ConfigError: the folder holds another run, another process trains into it, or a setting is for one worker only.
         IntegrityError: the training set is absent, damaged, or of another schema.
         CheckpointError: the checkpoint to resume from is damaged, or a new one cannot be written.
         DataError: a split is empty, or the validation split has one class only.
@@ -170,6 +172,12 @@ def train(
     """
     if workers < 1:
         raise ConfigError(f"workers must be at least 1, got {workers}")
+    if workers > 1 and experiment.training.task_balancing.kind == "gradnorm":
+        # Gradients taken one task at a time leave DistributedDataParallel's own reduction wrong.
+        raise ConfigError(
+            f"training.task_balancing.kind must be 'none' or 'uncertainty' with {workers} workers, got 'gradnorm'",
+            hint="train with one worker",
+        )
     check_tasks(experiment, schema, source="experiment")
     folder = RunFolder(Path(run_dir))
     training_set = open_training_set(experiment, schema)
@@ -272,7 +280,11 @@ class Trainer:
         self._model, self._optimizer, self._dense, self._tables, rows = strategy.prepare(
             model, self._config.embedding_optimizer, self._config.dense_optimizer
         )
-        self._rates = LearningRates(self._optimizer.param_groups)
+        balance = build_balance(self._config.task_balancing, len(schema.tasks), self._dense)
+        self._objective = Objective(schema, self._config.task_weights, balance).to(strategy.device)
+        self._balancing = self._balance_optimizer()
+        groups = [*self._optimizer.param_groups, *(self._balancing.param_groups if self._balancing else ())]
+        self._rates = LearningRates(groups)
         self._decay: MiniBatchAwareDecay | None = None
         if self._config.mini_batch_aware_l2:
             display.say("counting the impressions of every id")
@@ -283,10 +295,16 @@ class Trainer:
                 self._config.mini_batch_aware_l2,
                 strategy.all_gather,
             )
-        self._objective = Objective(schema, self._config.task_weights).to(strategy.device)
         self._progress = Progress()
         self._unseen: list[tuple[Tensor, int]] = []  # losses still on the device, rows of their global batches
         self._saved_at = self._clock = time.monotonic()
+
+    def _balance_optimizer(self) -> KeyedOptimizer | None:
+        """Of what a balance of tasks learns by gradients, if anything. The model's wrapper does not know of it."""
+        parameters = dict(self._objective.named_parameters())
+        if not parameters:
+            return None
+        return dense_optimizer(self._config.dense_optimizer.model_copy(update={"weight_decay": 0.0}), parameters)
 
     def run(self) -> None:
         """Trains to the end and writes the result."""
@@ -346,6 +364,12 @@ class Trainer:
         if self._config.gradient_clip_norm is not None:
             clip_gradients((*self._dense.values(), *self._tables.values()), self._config.gradient_clip_norm)
         self._optimizer.step()
+        if self._balancing is not None:
+            for parameter in self._objective.parameters():
+                assert parameter.grad is not None
+                parameter.grad = self._strategy.all_sum(parameter.grad) / self._strategy.loss_scale
+            self._balancing.step()
+            self._balancing.zero_grad()
         self._unseen.append((loss.detach(), loaded.num_rows))
         progress = self._progress
         progress.batch += 1
@@ -463,7 +487,7 @@ class Trainer:
         is_patient = selection.patience is None or progress.worse_epochs < selection.patience
         progress.is_done = progress.epoch >= self._config.epochs or not is_patient
         progress.batch, progress.epoch_rows, progress.epoch_loss = 0, 0, 0.0
-        line = {
+        line: dict[str, Any] = {
             "kind": "epoch",
             "step": progress.step,
             "epoch": progress.epoch,
@@ -472,6 +496,9 @@ class Trainer:
             "is_best": is_best,
             "lr": self._learning_rates(),
         }
+        if self._objective.balance is not None:
+            names = [task.name for task in self._schema.tasks]
+            line["task_balance"] = dict(zip(names, self._objective.balance.current.tolist(), strict=True))
         self._write_metrics(line)
         self._save()
         self._tell(train_loss, metrics, is_best=is_best)
@@ -538,7 +565,12 @@ class Trainer:
         random = {f"cpu-{self._strategy.rank}": torch.get_rng_state()}
         if self._strategy.device.type == "cuda":
             random[f"cuda-{self._strategy.rank}"] = torch.cuda.get_rng_state(self._strategy.device)
-        return {"model": self._model.state_dict(), "optimizer": self._optimizer.state_dict(), "random": random}
+        state = {"model": self._model.state_dict(), "optimizer": self._optimizer.state_dict(), "random": random}
+        if self._objective.balance is not None:
+            state["objective"] = self._objective.state_dict()
+        if self._balancing is not None:
+            state["balancing"] = self._balancing.state_dict()
+        return state
 
     def _save(self) -> None:
         self._progress.metrics_bytes = self._folder.metrics.stat().st_size if self._folder.metrics.exists() else 0
@@ -558,6 +590,10 @@ class Trainer:
         self._store.load(latest, state)
         self._model.load_state_dict(state["model"])
         self._optimizer.load_state_dict(state["optimizer"])
+        if self._objective.balance is not None:
+            self._objective.load_state_dict(state["objective"])
+        if self._balancing is not None:
+            self._balancing.load_state_dict(state["balancing"])
         if same_world:
             torch.set_rng_state(state["random"][f"cpu-{self._strategy.rank}"])
             if self._strategy.device.type == "cuda":

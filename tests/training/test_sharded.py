@@ -14,6 +14,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from recsys.config import validate
+from recsys.errors import ConfigError
 from recsys.layers.activations import Dice, masked_moments
 from recsys.schema import Schema
 from recsys.training_set import TrainingSet
@@ -109,6 +110,7 @@ def test_two_ray_workers_follow_one_process_for_100_steps(folder: Path, tmp_path
             "gradient_clip_norm": 0.3,
             "mini_batch_aware_l2": 0.5,
             "lr_schedule": {"kind": "exponential", "rate": 0.5, "every_steps": 10},
+            "task_balancing": {"kind": "uncertainty"},
         },
         {
             "embedding_optimizer": {"kind": "sgd", "lr": 1.0},
@@ -200,3 +202,10 @@ def test_synchronised_moments_replace_those_of_every_dice_layer() -> None:
     model = torch.nn.Sequential(Dice(2), torch.nn.Sequential(Dice(3)))
     synchronise_moments(model)
     assert [m.moments for m in model.modules() if isinstance(m, Dice)] == [moments_over_ranks] * 2
+
+
+def test_gradnorm_is_refused_with_several_workers(folder: Path, tmp_path: Path) -> None:
+    config, schema = experiment(folder, task_balancing={"kind": "gradnorm", "shared": ["mlp.first"]})
+    with pytest.raises(ConfigError, match=r"task_balancing.kind must be 'none' or 'uncertainty' with 2 workers"):
+        train(config, schema, tmp_path / "run", workers=2, progress=False)
+    assert not (tmp_path / "run").exists()

@@ -151,10 +151,16 @@ def test_a_resumed_run_ends_with_the_bits_of_an_uninterrupted_one(
             marks=pytest.mark.slow,
         ),
         pytest.param(
-            {"mini_batch_aware_l2": 0.5, "lr_schedule": {"kind": "cosine", "warmup_steps": 5}}, marks=pytest.mark.slow
+            {
+                "mini_batch_aware_l2": 0.5,
+                "lr_schedule": {"kind": "cosine", "warmup_steps": 5},
+                "task_balancing": {"kind": "gradnorm", "shared": ["mlp.first"]},
+            },
+            marks=pytest.mark.slow,
         ),
+        {"task_balancing": {"kind": "uncertainty"}, "dense_optimizer": {"kind": "adam", "weight_decay": 0.1}},
     ],
-    ids=["adam", "lazy_adam", "fused"],
+    ids=["adam", "lazy_adam", "gradnorm", "uncertainty"],
 )
 def test_a_run_of_any_recipe_resumes_with_the_same_bits(
     make_experiment: MakeExperiment,
