@@ -30,12 +30,14 @@ from recsys.commands import (
     score,
     serve,
     simulate,
+    sweep,
     train,
 )
 from recsys.errors import RecsysError
 
 AFTER_INTERRUPT = {
     "train": "Run the same command again: training goes on from the last checkpoint.",
+    "sweep": "Run the same command again: finished runs are kept, and training goes on from the last checkpoint.",
     "build": "Run the same command again: nothing half-built is left behind.",
     "simulate": "Run the same command again: nothing half-written is left behind.",
     "data": "Run the same command again: nothing half-written is left behind.",
@@ -155,6 +157,7 @@ data.data.command()(check.check)
 app.add_typer(data.data, name="data")
 app.command()(build.build)
 app.command()(train.train)
+app.command()(sweep.sweep)
 app.command()(evaluate.evaluate)
 app.command()(export.export)
 app.command()(score.score)

@@ -14,7 +14,7 @@ from recsys.layers.activations import (
     build_activation,
     masked_moments,
 )
-from recsys.layers.attention import ActivationUnit, SoftmaxTargetAttention, TargetAttention
+from recsys.layers.attention import ActivationUnit, MeanPooling, SoftmaxTargetAttention, TargetAttention
 from recsys.layers.mlp import MLP, JoinedLinear, JoinedMLP
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "Dice",
     "JoinedLinear",
     "JoinedMLP",
+    "MeanPooling",
     "Moments",
     "PReLU",
     "ReLU",

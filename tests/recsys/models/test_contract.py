@@ -27,9 +27,10 @@ CASES: dict[str, Config] = {
     "din prelu": DINConfig(
         embedding_dim=4, attention_hidden=(6, 5), hidden=(16,), attention_activation="prelu", activation="prelu"
     ),
+    "din mean": DINConfig(embedding_dim=4, pooling="mean", hidden=(16, 8)),
     "din softmax": DINConfig(embedding_dim=4, attention_hidden=(6,), hidden=(16, 8), attention_softmax=True),
 }
-ORDER_FREE = {"din", "din prelu", "din softmax"}
+ORDER_FREE = {"din", "din mean", "din prelu", "din softmax"}
 """Models for which a history is a bag."""
 
 STATE_DICT_KEYS: dict[str, list[str]] = {
