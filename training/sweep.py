@@ -21,9 +21,9 @@ from typing import Any
 import numpy as np
 
 from recsys.errors import ConfigError, nearest
+from recsys.files import write_json, write_text
 from recsys.metrics import rela_impr
 from recsys.schema import Schema
-from recsys.training_set import write_json, write_text
 from training.experiment import ExperimentConfig
 from training.trainer import TrainResult, open_training_set, train
 
