@@ -28,6 +28,7 @@ from recsys.commands import (
     inspect,
     materialize,
     push,
+    scale,
     score,
     serve,
     simulate,
@@ -43,6 +44,7 @@ AFTER_INTERRUPT = {
     "simulate": "Run the same command again: nothing half-written is left behind.",
     "data": "Run the same command again: nothing half-written is left behind.",
     "export": "Run the same command again: nothing half-written is left behind.",
+    "scale": "Run the same command again: finished trials are kept, and interrupted ones go on.",
     "materialize": "Run the same command again: it goes on where it stopped.",
     "score": "Run the same command again: nothing half-written is left behind.",
     "demo": "Run the same command again: stages that are done are kept, and training goes on from its last checkpoint.",
@@ -166,6 +168,7 @@ app.command()(build.build)
 app.command()(train.train)
 app.command()(sweep.sweep)
 app.command()(evaluate.evaluate)
+app.command()(scale.scale)
 app.command()(export.export)
 app.command()(score.score)
 app.command()(materialize.materialize)

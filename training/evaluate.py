@@ -60,6 +60,7 @@ def predict(
     split: str,
     batch_size: int = 2048,
     *,
+    history_length: int | None = None,
     strategy: Strategy | None = None,
     advance: Callable[[int], None] = lambda _: None,
 ) -> Predictions:
@@ -68,6 +69,7 @@ def predict(
     Args:
         model: takes a batch, returns logits ``(N, T)``; on the strategy's device.
         batch_size: rows.
+        history_length: newest events of each history to read; the bounds of the schema if not given.
         strategy: the processes that score together; each gets every row's score. One on the model's device if not
             given.
         advance: called with the number of rows scored since the last call.
@@ -76,7 +78,9 @@ def predict(
         parameter = next(model.parameters(), None)
         strategy = SingleProcess("cpu" if parameter is None else str(parameter.device))
     part = training_set.split(split)
-    loader = BatchLoader(training_set, split, batch_size, rank=strategy.rank, world=strategy.world)
+    loader = BatchLoader(
+        training_set, split, batch_size, rank=strategy.rank, world=strategy.world, history_length=history_length
+    )
     num_tasks = len(training_set.schema.tasks)
     scores, positions = [np.zeros((0, num_tasks), np.float32)], [np.zeros(0, np.int64)]
     was_training = model.training

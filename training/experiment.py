@@ -63,6 +63,12 @@ class TrainingConfig(Config):
     task_balancing: BalancingConfig = NoBalancing()
     shuffle: ShuffleConfig = ShuffleConfig()
     selection: SelectionConfig = SelectionConfig()
+    data_fraction: float = Field(1.0, gt=0, le=1, description="share of the training requests to learn from, by seed")
+    history_length: int | None = Field(
+        None,
+        ge=1,
+        description="newest events read in place of a history's max_length, in studies; not for export",
+    )
     evaluation_batch_size: int = Field(2048, ge=1, description="rows")
     device: Literal["auto", "cpu", "cuda"] = "auto"
     num_threads: int | None = Field(None, ge=1, description="of torch, a process; its own choice if not given")

@@ -341,6 +341,8 @@ class Trainer:
             rank=self._strategy.rank,
             world=self._strategy.world,
             prefetch=config.prefetch_batches,
+            fraction=config.data_fraction,
+            history_length=config.history_length,
         )
         self._display.start(f"epoch {progress.epoch + 1} of {config.epochs}", loader.num_rows, progress.epoch_rows)
         self._model.train()
@@ -527,6 +529,7 @@ class Trainer:
             self._training_set,
             split,
             self._config.evaluation_batch_size,
+            history_length=self._config.history_length,
             strategy=self._strategy,
             advance=self._display.advance,
         )

@@ -47,8 +47,15 @@ def evaluate(
             done += rows
             count(done, total)
 
-        batch_size = trained.experiment.training.evaluation_batch_size
-        predictions = predict(trained.model, training_set, split, batch_size, advance=advance)
+        config = trained.experiment.training
+        predictions = predict(
+            trained.model,
+            training_set,
+            split,
+            config.evaluation_batch_size,
+            history_length=config.history_length,
+            advance=advance,
+        )
     tasks = plain(metrics_of(predictions))
     of_base = None
     if base is not None:
