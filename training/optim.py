@@ -158,7 +158,7 @@ class TableRows(NamedTuple):
 
 def rows_of_tables(model: nn.Module) -> dict[str, TableRows]:
     """Every table of a model whose tables are whole, fused or not, by table."""
-    found = {}
+    found: dict[str, TableRows] = {}
     for module in model.modules():
         if isinstance(module, EmbeddingBagCollection | FusedEmbeddingBagCollection):
             found |= {name: TableRows(bag.weight, 0) for name, bag in module.embedding_bags.items()}

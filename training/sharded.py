@@ -230,4 +230,4 @@ def synchronise_moments(model: nn.Module) -> None:
     """Makes every layer with batch statistics take them over all ranks, as one process would over the global batch."""
     for module in model.modules():
         if "moments" in vars(module):
-            module.moments = moments_over_ranks
+            module.moments = moments_over_ranks  # type: ignore[assignment]

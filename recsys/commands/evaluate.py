@@ -60,7 +60,7 @@ def evaluate(
     of_base = None
     if base is not None:
         with stage(f"score {base}"):
-            of_base = plain(base_metrics(base, training_set, predictions, split, batch_size))
+            of_base = plain(base_metrics(base, training_set, predictions, split, config.evaluation_batch_size))
     relative = None if of_base is None else relative_improvements(tasks, of_base)
     if as_json:
         compared = {} if of_base is None else {"base": base, "base_tasks": of_base, "rela_impr": relative}
