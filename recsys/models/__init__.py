@@ -10,15 +10,17 @@ from pydantic import Field
 from recsys.config import Config
 from recsys.models.base import RankingModel, TrainingOutput, split_output
 from recsys.models.din import DINConfig, build_din
+from recsys.models.infnet import INFNetConfig, build_infnet
 from recsys.schema import Schema
 
 Builder = Callable[[Any, Schema, Mapping[str, int]], RankingModel]
 
 MODELS: dict[type[Config], Builder] = {
     DINConfig: build_din,
+    INFNetConfig: build_infnet,
 }
 
-ModelConfig = Annotated[DINConfig, Field()]
+ModelConfig = Annotated[DINConfig | INFNetConfig, Field(discriminator="kind")]
 
 
 def build_model(config: Config, schema: Schema, table_sizes: Mapping[str, int]) -> RankingModel:

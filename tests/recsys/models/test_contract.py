@@ -19,6 +19,7 @@ from recsys.config import Config
 from recsys.embedded import Embedded, EmbeddedHistory
 from recsys.models import MODELS, RankingModel, build_model, split_output
 from recsys.models.din import DINConfig
+from recsys.models.infnet import INFNetConfig
 from tests.synthetic import TABLE_SIZES, random_batch, schema
 from training.objective import Objective
 
@@ -28,8 +29,22 @@ CASES: dict[str, Config] = {
         embedding_dim=4, attention_hidden=(6, 5), hidden=(16,), attention_activation="prelu", activation="prelu"
     ),
     "din softmax": DINConfig(embedding_dim=4, attention_hidden=(6,), hidden=(16, 8), attention_softmax=True),
+    "infnet": INFNetConfig(embedding_dim=4, gate_hidden=(8,), proxy_hidden=(8,), hidden=(16, 8)),
+    "infnet options": INFNetConfig(
+        embedding_dim=4,
+        num_heads=2,
+        gate_hidden=(8,),
+        gate_residual=True,
+        input_norm=True,
+        position="learned",
+        target_attention=True,
+        heads_read="task_and_shared_tokens",
+        projections="per_source",
+        proxy_hidden=(8,),
+        hidden=(16, 8),
+    ),
 }
-ORDER_FREE = {"din", "din prelu", "din softmax"}
+ORDER_FREE = {"din", "din prelu", "din softmax", "infnet"}
 """Models for which a history is a bag."""
 
 STATE_DICT_KEYS: dict[str, list[str]] = {
