@@ -54,8 +54,8 @@ def masked_softmax(scores: Tensor, valid: Tensor | None) -> Tensor:
     if valid is None:
         return scores.softmax(-1)
     valid = valid.unsqueeze(-2)
-    weights = scores.masked_fill(~valid, torch.finfo(scores.dtype).min).softmax(-1)
-    return weights * valid  # type: ignore[no-any-return]
+    weights: Tensor = scores.masked_fill(~valid, torch.finfo(scores.dtype).min).softmax(-1)
+    return weights * valid
 
 
 def attend(queries: Tensor, tokens: GatedTokens) -> Tensor:
@@ -68,7 +68,7 @@ def attend(queries: Tensor, tokens: GatedTokens) -> Tensor:
     parts = weights.split([group.shape[-2] for group in tokens.groups], dim=-1)
     pooled = [part @ group for part, group in zip(parts, tokens.groups, strict=True)]
     total = sum(pooled[1:], pooled[0])
-    return total if tokens.gate is None else total * tokens.gate.unsqueeze(-2)
+    return total if tokens.gate is None else total * tokens.gate.unsqueeze(-2)  # type: ignore[no-any-return]
 
 
 class QueryProjection(nn.Module):

@@ -20,6 +20,8 @@ from recsys.embedded import Embedded, EmbeddedHistory
 from recsys.models import MODELS, RankingModel, build_model, split_output
 from recsys.models.din import DINConfig
 from recsys.models.infnet import INFNetConfig
+from recsys.models.mmoe import MMoEConfig
+from recsys.models.ple import PLEConfig
 from tests.synthetic import TABLE_SIZES, random_batch, schema
 from training.objective import Objective
 
@@ -43,8 +45,13 @@ CASES: dict[str, Config] = {
         proxy_hidden=(8,),
         hidden=(16, 8),
     ),
+    "mmoe": MMoEConfig(embedding_dim=4, num_experts=3, expert_hidden=(16, 8), tower_hidden=(8,)),
+    "mmoe din": MMoEConfig(
+        embedding_dim=4, history_pooling="din", num_experts=2, expert_hidden=(8,), tower_hidden=(8,), activation="dice"
+    ),
+    "ple": PLEConfig(embedding_dim=4, expert_hidden=(16, 8), tower_hidden=(8,)),
 }
-ORDER_FREE = {"din", "din prelu", "din softmax", "infnet"}
+ORDER_FREE = {"din", "din prelu", "din softmax", "infnet", "mmoe", "mmoe din", "ple"}
 """Models for which a history is a bag."""
 
 STATE_DICT_KEYS: dict[str, list[str]] = {
