@@ -54,6 +54,13 @@ CASES: dict[str, Config] = {
 ORDER_FREE = {"din", "din prelu", "din softmax", "infnet", "mmoe", "mmoe din", "ple"}
 """Models for which a history is a bag."""
 
+_GATE = ("mlp.linears.0", "output")
+
+
+def _weights_and_biases(*layers: str) -> list[str]:
+    return [f"{layer}.{part}" for layer in layers for part in ("weight", "bias")]
+
+
 STATE_DICT_KEYS: dict[str, list[str]] = {
     "din": [
         "attention.{history}.unit.first.weight",
@@ -75,6 +82,36 @@ STATE_DICT_KEYS: dict[str, list[str]] = {
         "mlp.rest.after.0.activation.running_var",
         "output.weight",
         "output.bias",
+    ],
+    "mmoe": [
+        *_weights_and_biases("experts.first", "gates", "towers.{history}.0.linears.0", "towers.{history}.1"),
+        "experts.rest.weights.0",
+        "experts.rest.biases.0",
+    ],
+    "infnet": [
+        *_weights_and_biases(
+            *("tokens.dense.{history}", "tokens.event.{history}"),
+            *("proxies.categorical.mlp.first", "proxies.categorical.output"),
+            *("proxies.sequence.mlp.linears.0", "proxies.sequence.output", "proxies.sequence.norm"),
+            *(f"blocks.0.norm.{stream}" for stream in ("categorical", "sequence", "shared", "task")),
+            *(f"blocks.1.norm.{stream}" for stream in ("shared", "task")),
+            *(f"blocks.0.gate.{kind}.{part}" for kind in ("categorical", "sequence", "task") for part in _GATE),
+            *(f"blocks.1.gate.task.{part}" for part in _GATE),
+            *("heads.{history}.0.linears.0", "heads.{history}.0.linears.1", "heads.{history}.1"),
+        ),
+        *("task_tokens.shared", "task_tokens.task"),
+        *(
+            key
+            for block, streams in ((0, ("categorical", "sequence", "shared", "task")), (1, ("shared", "task")))
+            for stream in streams
+            for source in ("categorical", "sequence", "task")
+            if source not in {"categorical": ("categorical",), "sequence": ("sequence",)}.get(stream, ("task",))
+            for key in (
+                f"blocks.{block}.query.{stream}_to_{source}.weight",
+                f"blocks.{block}.source.{source}_by_{stream}.key",
+                f"blocks.{block}.source.{source}_by_{stream}.value",
+            )
+        ),
     ],
 }
 TABLE_KEYS = {f"embedding_bags.{table}.weight" for table in TABLE_SIZES}
