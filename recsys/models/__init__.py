@@ -10,15 +10,21 @@ from pydantic import Field
 from recsys.config import Config
 from recsys.models.base import RankingModel, TrainingOutput, split_output
 from recsys.models.din import DINConfig, build_din
+from recsys.models.infnet import INFNetConfig, build_infnet
+from recsys.models.mmoe import MMoEConfig, build_mmoe
+from recsys.models.ple import PLEConfig, build_ple
 from recsys.schema import Schema
 
 Builder = Callable[[Any, Schema, Mapping[str, int]], RankingModel]
 
 MODELS: dict[type[Config], Builder] = {
     DINConfig: build_din,
+    INFNetConfig: build_infnet,
+    MMoEConfig: build_mmoe,
+    PLEConfig: build_ple,
 }
 
-ModelConfig = Annotated[DINConfig, Field()]
+ModelConfig = Annotated[DINConfig | INFNetConfig | MMoEConfig | PLEConfig, Field(discriminator="kind")]
 
 
 def build_model(config: Config, schema: Schema, table_sizes: Mapping[str, int]) -> RankingModel:
