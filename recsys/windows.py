@@ -18,6 +18,44 @@ from recsys.derived import Mean, Ratio, Recency, Sum, Windowed, duration_us
 
 
 @dataclass(frozen=True)
+class Instants:
+    """Moments as numbers from 0 on, so that a group and a moment make one sortable integer.
+
+    Attributes:
+        first: the earliest moment.
+        size: one more than the greatest number.
+        moments: ``(size,)`` int64, ascending; None where a moment's number is its distance from the first.
+    """
+
+    first: int
+    size: int
+    moments: np.ndarray | None
+
+    @classmethod
+    def of(cls, moments: np.ndarray, num_groups: int) -> Self:
+        """Numbers that fit 63 bits together with those of groups."""
+        if len(moments) == 0:
+            return cls(0, 1, None)
+        first, last = int(moments.min()), int(moments.max())
+        if (num_groups + 1) * (last - first + 3) < 2**63:
+            return cls(first, last - first + 1, None)
+        distinct = np.unique(moments)
+        return cls(first, len(distinct), distinct)
+
+    def numbers(self, time: np.ndarray) -> np.ndarray:
+        """``(n,)`` int64: the number of the first moment at or after each time; ``size`` where there is none."""
+        if self.moments is not None:
+            return np.searchsorted(self.moments, time).astype(np.int64, copy=False)
+        clipped: np.ndarray = np.clip(time - self.first, 0, self.size)
+        return clipped
+
+    def times(self, numbers: np.ndarray) -> np.ndarray:
+        """``(n,)`` int64: the moments of numbers."""
+        found: np.ndarray = numbers + self.first if self.moments is None else self.moments[numbers]
+        return found
+
+
+@dataclass(frozen=True)
 class Timeline:
     """Rows sorted by group, then by moment.
 
@@ -25,13 +63,13 @@ class Timeline:
         keys: ``(G,)`` int64, ascending: the key of each group.
         offsets: ``(G + 2,)`` int64: the rows of group ``g`` are ``offsets[g]:offsets[g + 1]``; group ``G`` is empty
             and stands for all keys without rows.
-        instants: ``(U,)`` int64, ascending: every moment that occurs.
-        places: ``(E,)`` int64, ascending: ``group * (U + 1) + rank of the moment``.
+        instants: the moments.
+        places: ``(E,)`` int64, ascending: ``group * (instants.size + 1) + number of the moment``.
     """
 
     keys: np.ndarray
     offsets: np.ndarray
-    instants: np.ndarray
+    instants: Instants
     places: np.ndarray
 
     @classmethod
@@ -44,15 +82,15 @@ class Timeline:
 
         Returns:
             The timeline, and ``(E,)`` int64: the positions of its rows among those given. Rows of one group and moment
-            keep their order.
+            may have any order: no look-up parts them.
         """
-        instants = np.unique(moment)
         keys, places = _numbered(key)
-        places *= len(instants) + 1
-        places += np.searchsorted(instants, moment)
-        order = np.argsort(places, kind="stable")
+        instants = Instants.of(moment, len(keys))
+        places *= instants.size + 1
+        places += instants.numbers(moment)
+        order = np.argsort(places)
         places = places[order]
-        edges = np.arange(len(keys) + 1, dtype=np.int64) * (len(instants) + 1)
+        edges = np.arange(len(keys) + 1, dtype=np.int64) * (instants.size + 1)
         offsets = np.append(np.searchsorted(places, edges), len(places))
         return cls(keys, offsets, instants, places), order
 
@@ -75,8 +113,8 @@ class Timeline:
             group: ``(n,)`` int64.
             time: ``(n,)`` int64.
         """
-        wanted = group * (len(self.instants) + 1)
-        wanted += np.searchsorted(self.instants, time)
+        wanted = group * (self.instants.size + 1)
+        wanted += self.instants.numbers(time)
         return np.searchsorted(self.places, wanted)
 
     def starts(self, group: np.ndarray) -> np.ndarray:
@@ -97,7 +135,7 @@ class Timeline:
             return rank.copy()
         # One running maximum over all groups: each begins above everything that the earlier ones hold.
         step = int(rank.max()) + 2
-        base = self.places // (len(self.instants) + 1) * step
+        base = self.places // (self.instants.size + 1) * step
         highest: np.ndarray = np.maximum.accumulate(base + rank + 1) - base - 1
         return highest
 
@@ -108,8 +146,12 @@ def _numbered(key: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         is_present = np.zeros(int(key.max()) + 1, np.bool_)
         is_present[key] = True
         return np.flatnonzero(is_present), (np.cumsum(is_present) - 1)[key]
-    keys = np.unique(key)
-    return keys, np.searchsorted(keys, key).astype(np.int64, copy=False)
+    order = np.argsort(key)
+    ordered = key[order]
+    is_first = np.append(True, ordered[1:] != ordered[:-1])[: len(key)]
+    numbers = np.empty(len(key), np.int64)
+    numbers[order] = np.cumsum(is_first) - 1
+    return ordered[is_first], numbers
 
 
 def running_totals(values: np.ndarray) -> np.ndarray:
@@ -157,10 +199,10 @@ class GroupedRows:
             self._sorted = {delay_us: Timeline.build(self._key, moment)}
         return self._sorted[delay_us]
 
-    def times(self) -> tuple[np.ndarray, np.ndarray]:
-        """The distinct times, ascending, and ``(E,)`` the rank of each row's."""
-        instants = np.unique(self._time)
-        return instants, np.searchsorted(instants, self._time).astype(np.int64, copy=False)
+    def times(self, num_groups: int) -> tuple[Instants, np.ndarray]:
+        """The rows' own times, and ``(E,)`` the number of each."""
+        instants = Instants.of(self._time, num_groups)
+        return instants, instants.numbers(self._time)
 
 
 @dataclass(frozen=True)
@@ -216,8 +258,8 @@ class WindowedValue:
         window: its rows.
         counts: running totals of the rows that count.
         sums: running totals of their values in units of ``10 ** -decimals``, of a sum and of a mean.
-        latest: ``(E,)``, of a recency: the rank of the latest time up to each row.
-        instants: the times of these ranks.
+        latest: ``(E,)``, of a recency: the number of the latest time up to each row.
+        instants: these times.
     """
 
     spec: Windowed
@@ -225,7 +267,7 @@ class WindowedValue:
     counts: tuple[np.ndarray, np.ndarray] | None = None
     sums: tuple[np.ndarray, np.ndarray] | None = None
     latest: np.ndarray | None = None
-    instants: np.ndarray | None = None
+    instants: Instants | None = None
 
     @classmethod
     def build(cls, spec: Windowed, rows: GroupedRows, is_counted: np.ndarray, units: np.ndarray | None = None) -> Self:
@@ -241,8 +283,8 @@ class WindowedValue:
         delay = 0 if spec.known_after is None else duration_us(spec.known_after)
         if isinstance(spec, Recency):
             window = rows.window(None, delay)
-            instants, rank = rows.times()
-            ordered = np.where(is_counted, rank, -1)[window.entered_order]
+            instants, number = rows.times(len(window.entered.keys))
+            ordered = np.where(is_counted, number, -1)[window.entered_order]
             return cls(spec, window, latest=window.entered.latest(ordered), instants=instants)
         window = rows.window(length, delay)
         counts = None if isinstance(spec, Sum) else window.totals(is_counted)
@@ -258,9 +300,14 @@ class WindowedValue:
         Returns:
             ``(n,)`` float64, NaN where it is missing.
         """
+        # Sorted by group, neighbouring look-ups read neighbouring memory: several times faster than at random.
+        order = np.argsort(key)
+        key, time = key[order], time[order]
         first, last = self.window.find(key, time)
-        value = self._recency(first, last, time) if isinstance(self.spec, Recency) else self._aggregate(first, last)
-        value[key < 0] = np.nan
+        found = self._recency(first, last, time) if isinstance(self.spec, Recency) else self._aggregate(first, last)
+        found[key < 0] = np.nan
+        value = np.empty(len(key))
+        value[order] = found
         return value
 
     def _aggregate(self, first: np.ndarray, last: np.ndarray) -> np.ndarray:
@@ -281,7 +328,7 @@ class WindowedValue:
         some = np.flatnonzero(last > first)
         rank = self.latest[last[some] - 1]
         some, rank = some[rank >= 0], rank[rank >= 0]
-        age = time[some] - self.instants[rank]
+        age = time[some] - self.instants.times(rank)
         if self.spec.window is not None:
             is_near = age <= duration_us(self.spec.window)
             some, age = some[is_near], age[is_near]
@@ -379,6 +426,8 @@ class LatestVersion:
         Returns:
             ``(n,)`` int64: its number among those given, -1 where there is none.
         """
+        order = np.argsort(key)
+        key, time = key[order], time[order]
         group = self.versions.groups(key)
         last = self.versions.before(group, time)
         found = np.full(len(key), -1, np.int64)
@@ -387,5 +436,5 @@ class LatestVersion:
         if max_age_us is not None:
             is_near = time[some] - self.time[row] <= max_age_us
             some, row = some[is_near], row[is_near]
-        found[some] = row
+        found[order[some]] = row
         return found

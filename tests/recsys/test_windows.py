@@ -186,18 +186,20 @@ def test_versions_agree_with_a_double_loop_in_any_order(
             assert {n: rows[version][n] for n in ("key", "time", "x")} == {n: expected[n] for n in ("key", "time", "x")}
 
 
-@given(st.lists(st.tuples(st.sampled_from([0, 1, 7, 10**15]), st.integers(0, 5)), max_size=20))
-def test_a_timeline_of_any_keys_finds_what_a_loop_finds(rows: list[tuple[int, int]]) -> None:
+@pytest.mark.parametrize("moments", [[0, 1, 2, 3, 4, 5], [0, 1, 2**40, 2**61, 2**62]])
+@given(data=st.data())
+def test_a_timeline_of_any_keys_and_times_finds_what_a_loop_finds(moments: list[int], data: st.DataObject) -> None:
+    keys = [0, 1, 7, 10**15]
+    rows = data.draw(st.lists(st.tuples(st.sampled_from(keys), st.sampled_from(moments)), max_size=20))
     key, time = (np.array([r[i] for r in rows], np.int64) for i in range(2))
     timeline, order = Timeline.build(key, time)
-    wanted = np.array([-1, 0, 1, 2, 7, 10**15, 10**15 + 1])
-    for moment in range(7):
+    wanted = np.array([-1, *keys, 2, 10**15 + 1])
+    for moment in [-1, *moments, moments[-1] + 1]:
         group = timeline.groups(wanted)
         last = timeline.before(group, np.full(len(wanted), moment))
         for k, first, end in zip(wanted.tolist(), timeline.starts(group).tolist(), last.tolist(), strict=True):
-            assert sorted(order[first:end].tolist()) == [
-                i for i, r in enumerate(rows) if r == (k, r[1]) and r[1] < moment
-            ]
+            before = [i for i, (other, at) in enumerate(rows) if other == k and at < moment]
+            assert sorted(order[first:end].tolist()) == before
 
 
 @pytest.mark.parametrize(
