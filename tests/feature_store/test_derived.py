@@ -12,6 +12,7 @@ import pytest
 from feature_store.build import build_training_set
 from feature_store.joined import Joined
 from feature_store.leaks import check_leaks
+from feature_store.quality import check_quality
 from feature_store.views import Views
 from recsys.config import validate
 from recsys.errors import ConfigError, SchemaError, SourceError
@@ -22,11 +23,24 @@ from tests.feature_store.small_views import DAY, START, build, config, same_sets
 from tests.feature_store.test_leaks import tamper
 
 
-@pytest.mark.parametrize("seed", range(2))
-def test_every_value_equals_its_loops(tmp_path: Path, seed: int) -> None:
-    views = make(seed)
-    training_set = build(tmp_path, views, schema())
+def with_text_keys(views: dict[str, pl.DataFrame]) -> dict[str, pl.DataFrame]:
+    """The same with names for users and items."""
+    names = [pl.concat_str(pl.lit(f"{key}-"), key).alias(key) for key in ("user", "item")]
+    return {view: f.with_columns(n for n in names if n.meta.output_name() in f.columns) for view, f in views.items()}
+
+
+@pytest.mark.parametrize("case", ["numbers", "text keys", "no requests"])
+def test_every_value_equals_its_loops(tmp_path: Path, case: str) -> None:
+    views, shape = make(0), mapping()
+    if case == "text keys":
+        views = with_text_keys(make(1))
+    elif case == "no requests":
+        views["impressions"] = views["impressions"].with_columns(request=pl.int_range(pl.len()))
+        shape["views"]["impressions"] = {"user": "user", "item": "item", "time": "time"}
+    training_set = build(tmp_path, views, validate(Schema, shape, source="test"))
     truth = expected(views)
+    report = check_leaks(config(tmp_path), num_rows=60)
+    assert report.differences == ()
     for name in NUMBERS:
         wanted = {row: np.float32(0 if v[name] is None else v[name]).item() for row, v in truth.items()}
         assert stored(training_set, f"f_{name}") == wanted, name
@@ -208,6 +222,14 @@ def test_the_leak_detector_recomputes_derived_values(tmp_path: Path) -> None:
 def test_a_derived_value_that_the_views_do_not_give_is_named(tmp_path: Path, table: str, column: str) -> None:
     training_set = build(tmp_path, make(9), schema())
     tamper(training_set, f"validation/{table}", column, lambda c: c + np.float32(0.5))
-    report = check_leaks(config(tmp_path), num_rows=10_000)
+    report = check_leaks(config(tmp_path), num_rows=60)
     assert {d.place for d in report.differences} == {column}
     assert {d.split for d in report.differences} == {"validation"}
+
+
+def test_drift_of_derived_values_is_checked(tmp_path: Path) -> None:
+    write_views(tmp_path / "views", make(0))
+    report = check_quality(schema(), config(tmp_path))
+    assert {f"f_{name}" for name in NUMBERS} | {"shade", "activity"} <= {d.name for d in report.drift}
+    by_name = {d.name: d for d in report.drift}
+    assert by_name["f_user_events"].psi > by_name["price"].noise > 0
