@@ -98,11 +98,6 @@ class Timeline:
         """``(n,)`` int64: the group of each key; the empty one for keys without rows."""
         if len(self.keys) == 0:
             return np.zeros(len(key), np.int64)
-        if int(self.keys[-1]) < 4 * len(self.keys):
-            table = np.full(int(self.keys[-1]) + 2, len(self.keys), np.int64)
-            table[self.keys] = np.arange(len(self.keys))
-            found: np.ndarray = table[np.where((key < 0) | (key >= len(table)), len(table) - 1, key)]
-            return found
         place = np.minimum(np.searchsorted(self.keys, key), len(self.keys) - 1)
         return np.where(self.keys[place] == key, place, len(self.keys))
 
