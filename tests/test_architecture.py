@@ -35,9 +35,9 @@ def rule(first: str = "", third: str = "", *, own: bool = True) -> Rule:
 
 
 CONFIG = "recsys.errors recsys.config"
-SCHEMA = f"{CONFIG} recsys.schema"
+SCHEMA = f"{CONFIG} recsys.derived recsys.schema"
 ENCODING = f"{SCHEMA} recsys.encoding recsys.files"
-STORED = f"{ENCODING} recsys.training_set"
+STORED = f"{ENCODING} recsys.training_set recsys.windows"
 BATCHES = f"{STORED} recsys.batch recsys.embedded"
 SCORED = f"{BATCHES} recsys.artifact recsys.manifest recsys.predictor recsys.ops feature_store.online"
 ARRAYS = "numpy pyarrow"
@@ -49,7 +49,10 @@ RULES = {
     "recsys.errors": rule(),
     "recsys.config": rule("recsys.errors", "pydantic yaml"),
     "recsys.files": rule("recsys.errors"),
-    "recsys.schema": rule(CONFIG, "pydantic yaml"),
+    "recsys.derived": rule(CONFIG, "pydantic"),
+    "recsys.schema": rule(f"{CONFIG} recsys.derived", "pydantic yaml"),
+    # Numbers only: training and serving compute derived values through it.
+    "recsys.windows": rule("recsys.derived", "numpy"),
     "recsys.encoding": rule(f"{SCHEMA} recsys.files", f"{ARRAYS} pydantic"),
     "recsys.training_set": rule(ENCODING, ARRAYS),
     "recsys.ops": rule("recsys.errors", "torch fbgemm_gpu triton"),
