@@ -10,9 +10,10 @@ from pydantic import Field, model_validator
 
 from feature_store.build import DataConfig
 from recsys.config import Config, apply_overrides, fingerprint, load_yaml, validate
+from recsys.derived import Name
 from recsys.errors import ConfigError, nearest
 from recsys.models import ModelConfig
-from recsys.schema import Name, Schema
+from recsys.schema import Schema
 from training.balancing import BalancingConfig, NoBalancing
 from training.data import ShuffleConfig
 from training.optim import AdagradConfig, DenseAdamConfig, DenseOptimizerConfig, EmbeddingOptimizerConfig
