@@ -62,10 +62,11 @@ RULES = {
     "recsys.batch": rule(STORED, f"{ARRAYS} torch"),
     "recsys.embedded": rule(f"{SCHEMA} recsys.batch", "torch"),
     "recsys.embeddings": rule(f"{SCHEMA} recsys.batch recsys.embedded recsys.ops", "torch torchrec fbgemm_gpu"),
-    # A model file knows the base class and never another model; only the registry sees them all.
+    # A model file knows the base class and what fields are, and never another model; only the registry sees them all.
     "recsys.models": rule(f"{SCHEMA} recsys.embeddings", "torch pydantic"),
     "recsys.models.*": rule(
-        f"{SCHEMA} recsys.batch recsys.embedded recsys.embeddings recsys.layers recsys.ops recsys.models.base",
+        f"{SCHEMA} recsys.batch recsys.embedded recsys.embeddings recsys.layers recsys.ops recsys.models.base "
+        "recsys.models.fields",
         "torch pydantic",
     ),
     "recsys.manifest": rule("recsys.errors"),
