@@ -23,6 +23,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from recsys.batch import Bags, Batch
+from recsys.derived import Name
 from recsys.embedded import Embedded, Space, Use
 from recsys.embeddings import Lookup
 from recsys.errors import SchemaError, nearest
@@ -42,7 +43,7 @@ from recsys.layers import (
 )
 from recsys.models.base import RankingModel, TrainingOutput
 from recsys.models.fields import Fields, FieldsConfig, Width, table_width, xavier_normal
-from recsys.schema import Categorical, Name, Schema
+from recsys.schema import Categorical, Schema
 
 
 class DualMLPConfig(FieldsConfig):
