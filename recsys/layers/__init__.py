@@ -16,21 +16,39 @@ from recsys.layers.activations import (
 )
 from recsys.layers.attention import ActivationUnit, SoftmaxTargetAttention, TargetAttention
 from recsys.layers.mlp import MLP, JoinedLinear, JoinedMLP
+from recsys.layers.unified_attention import (
+    AlignmentPooling,
+    CausalPattern,
+    LocalDilatedPattern,
+    NormStyle,
+    RMSNorm,
+    SwiGLU,
+    UnifiedAttentionEncoder,
+    variance_scaling_,
+)
 
 __all__ = [
     "ACTIVATIONS",
     "MLP",
     "ActivationName",
     "ActivationUnit",
+    "AlignmentPooling",
+    "CausalPattern",
     "Dice",
     "JoinedLinear",
     "JoinedMLP",
+    "LocalDilatedPattern",
     "Moments",
+    "NormStyle",
     "PReLU",
+    "RMSNorm",
     "ReLU",
     "Sigmoid",
     "SoftmaxTargetAttention",
+    "SwiGLU",
     "TargetAttention",
+    "UnifiedAttentionEncoder",
     "build_activation",
     "masked_moments",
+    "variance_scaling_",
 ]
