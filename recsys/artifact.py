@@ -4,7 +4,8 @@
 
     manifest.json             what it is, what it needs, a checksum of every file
     encoder/                  the fitted encoder
-    tables/<table>.npy        float32 (rows, D), memory-mapped: processes on one machine share one copy
+    tables/<table>.npy        float32 (rows, D), memory-mapped: processes on one machine share one copy; a model with
+                              further spaces of vectors has tables/<table>@<space>.npy too
     network.pt2               torch.export program of any number of requests
     network.single.pt2        the same of one request: what a service runs where there is no compiled program
     network.single.aoti.pt2   that program compiled (AOTInductor), where a C++ compiler was at hand
@@ -25,7 +26,7 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -37,14 +38,14 @@ from torch import Tensor
 
 from recsys.batch import Bags, Batch, Column, HistoryBatch
 from recsys.config import fingerprint, validate
-from recsys.embedded import Embedded, EmbeddedHistory
+from recsys.embedded import Embedded, EmbeddedHistory, Space
 from recsys.encoding.encoder import Encoder
 from recsys.errors import ArtifactError, ConfigError, IntegrityError, SchemaError, nearest
-from recsys.schema import Schema
+from recsys.schema import Categorical, Schema
 from recsys.training_set import sha256_of, write_json
 
 FORMAT = "recsys.artifact"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 
 Form = Literal["many", "single"]
@@ -55,6 +56,7 @@ FEATURES = "features"
 TOLERANCE = 1e-5
 """A replayed logit ``x`` may be off by so much times ``max(1, |x|)``."""
 
+_FIELDS = ("name", "schema", "encoder_fingerprint", "tables", "spaces", "programs", "files")
 _EXPORT_AGAIN = "export the artifact again with `recsys export RUN`"
 
 X86_64_V3 = ("avx2", "fma3", "f16c", "bmi", "bmi2", "lzcnt")
@@ -64,18 +66,23 @@ X86_64_V3 = ("avx2", "fma3", "f16c", "bmi", "bmi2", "lzcnt")
 # What programs take
 
 
-def input_names(schema: Schema, form: Form) -> list[str]:
+def input_names(schema: Schema, form: Form, spaces: Sequence[Space] = ()) -> list[str]:
     """Names of a program's inputs, in order.
 
     ``request/<feature>``, ``candidate/<feature>``, ``<history>/<feature>``, ``<history>/@lengths``,
-    ``<history>/@times``, and in the form of many requests ``@request_of_row``.
+    ``<history>/@times``, ``@time``, and in the form of many requests ``@request_of_row``; after a side's features
+    those of further spaces, ``<side>/<feature>@<space>``.
     """
-    names = [f"request/{f.name}" for f in (*schema.features_of("user"), *schema.features_of("context"))]
-    names += [f"candidate/{f.name}" for f in (*schema.features_of("item"), *schema.features_of("candidate"))]
+
+    def of_side(side: str, features: Sequence[str]) -> list[str]:
+        return [f"{side}/{name}" for name in (*features, *(s.key(f) for s in spaces for f in s.of_side(side)))]
+
+    names = of_side("request", [f.name for f in (*schema.features_of("user"), *schema.features_of("context"))])
+    names += of_side("candidate", [f.name for f in (*schema.features_of("item"), *schema.features_of("candidate"))])
     for history in schema.histories:
-        names += [f"{history.name}/{f}" for f in (*history.attributes, *(e.name for e in history.event_features))]
+        names += of_side(history.name, [*history.attributes, *(e.name for e in history.event_features)])
         names += [f"{history.name}/@lengths", f"{history.name}/@times"]
-    return names if form == "single" else [*names, "@request_of_row"]
+    return [*names, "@time"] if form == "single" else [*names, "@time", "@request_of_row"]
 
 
 def flatten(embedded: Embedded, form: Form) -> list[Tensor]:
@@ -83,6 +90,7 @@ def flatten(embedded: Embedded, form: Form) -> list[Tensor]:
     tensors = [*embedded.request.values(), *embedded.candidate.values()]
     for history in embedded.histories.values():
         tensors += [*history.features.values(), history.lengths, history.times]
+    tensors.append(embedded.time)
     if form == "many":
         tensors.append(embedded.request_of_row)
     return tensors
@@ -94,17 +102,15 @@ def unflatten(schema: Schema, tensors: Mapping[str, Tensor]) -> Embedded:
     candidate = {n.removeprefix("candidate/"): t for n, t in tensors.items() if n.startswith("candidate/")}
     histories = {}
     for history in schema.histories:
-        names = (*history.attributes, *(e.name for e in history.event_features))
-        histories[history.name] = EmbeddedHistory(
-            {n: tensors[f"{history.name}/{n}"] for n in names},
-            tensors[f"{history.name}/@lengths"],
-            tensors[f"{history.name}/@times"],
-        )
+        side = f"{history.name}/"
+        of_events = {n.removeprefix(side): t for n, t in tensors.items() if n.startswith(side)}
+        lengths, times = of_events.pop("@lengths"), of_events.pop("@times")
+        histories[history.name] = EmbeddedHistory(of_events, lengths, times)
     request_of_row = tensors.get("@request_of_row")
     if request_of_row is None:
         some = next(iter(candidate.values()))
         request_of_row = torch.zeros(some.shape[0], dtype=torch.int64)
-    return Embedded(request, candidate, histories, request_of_row)
+    return Embedded(request, candidate, histories, request_of_row, tensors["@time"])
 
 
 # Recorded batches
@@ -332,7 +338,8 @@ class Artifact:
         return artifact
 
     def _check_tables(self) -> None:
-        for name, rows in self.encoder.table_sizes.items():
+        sizes = self.encoder.table_sizes
+        for name, rows in {t: sizes[t.partition("@")[0]] for t in (*sizes, *self.table_of.values())}.items():
             entry = self.manifest["tables"].get(name)
             if entry is None or entry["rows"] != rows:
                 got = "none" if entry is None else f"{entry['rows']} rows"
@@ -340,6 +347,17 @@ class Artifact:
                     f"{self.folder}: table {name!r} must have the {rows} rows of its encoder, got {got}",
                     hint=_EXPORT_AGAIN,
                 )
+
+    @cached_property
+    def spaces(self) -> tuple[Space, ...]:
+        """Spaces of vectors besides the main one."""
+        return tuple(Space.from_json(space) for space in self.manifest["spaces"])
+
+    @cached_property
+    def table_of(self) -> dict[str, str]:
+        """Name of the table of each categorical feature, and of ``<feature>@<space>`` in further spaces."""
+        main = {f.name: f.table_name for f in self.schema.all_features if isinstance(f, Categorical)}
+        return main | {s.key(use.feature): s.key(main[use.feature]) for s in self.spaces for use in s.uses}
 
     @property
     def name(self) -> str:
@@ -423,7 +441,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             f"{folder} must be of format version {FORMAT_VERSION}, got {manifest.get('format_version')!r}",
             hint=f"{_EXPORT_AGAIN}, or use the version of recsys that wrote it",
         )
-    missing = [k for k in ("name", "schema", "encoder_fingerprint", "tables", "programs", "files") if k not in manifest]
+    missing = [field for field in _FIELDS if field not in manifest]
     if missing:
         raise ArtifactError(f"{path} must say {', '.join(missing)}", hint=_EXPORT_AGAIN)
     return manifest

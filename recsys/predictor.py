@@ -25,9 +25,8 @@ from torch.nn import functional
 
 from recsys.artifact import PORTABLE, SELF_TEST, TOLERANCE, Artifact, Form, flatten, read_self_test
 from recsys.batch import Bags, Batch, Column
-from recsys.embedded import Embedded, Use, assemble
+from recsys.embedded import Embedded, Space, Use, assemble
 from recsys.errors import ArtifactError
-from recsys.schema import Categorical
 
 Engine = Literal["auto", "compiled", "portable"]
 _LOUD = ("torch", "torch.export", "torch._inductor", "torch._dynamo", "torch.__trace")
@@ -57,10 +56,7 @@ class Predictor:
 
     def __init__(self, artifact: Artifact, *, engine: Engine = "auto") -> None:
         self.artifact = artifact
-        self._tables = artifact.tables
-        self._table_of = {
-            f.name: self._tables[f.table_name] for f in artifact.schema.all_features if isinstance(f, Categorical)
-        }
+        self._table_of = {feature: artifact.tables[table] for feature, table in artifact.table_of.items()}
         self._num_tasks = len(artifact.tasks)
         self.engine: Literal["compiled", "portable"] = "portable"
         self.engine_note: str | None = "the portable program was asked for"
@@ -142,10 +138,10 @@ class Predictor:
 
     def embed(self, batch: Batch) -> Embedded:
         """Looks up the batch's ids in the mapped tables; sets of ids are averaged, an empty set is zero."""
-        return assemble(batch, self._vectors)
+        return assemble(batch, self._vectors, self.artifact.spaces)
 
-    def _vectors(self, use: Use, column: Column) -> Tensor:
-        table = self._table_of[use.feature]
+    def _vectors(self, use: Use, column: Column, space: Space | None) -> Tensor:
+        table = self._table_of[use.feature if space is None else space.key(use.feature)]
         if isinstance(column, Bags):
             return functional.embedding_bag(column.values, table, column.offsets, mode="mean", include_last_offset=True)
         return functional.embedding(column, table)

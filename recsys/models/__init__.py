@@ -8,7 +8,7 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from recsys.config import Config
-from recsys.models.base import RankingModel
+from recsys.models.base import RankingModel, TrainingOutput, split_output
 from recsys.models.din import DINConfig, build_din
 from recsys.schema import Schema
 
@@ -35,4 +35,4 @@ def build_model(config: Config, schema: Schema, table_sizes: Mapping[str, int]) 
     return MODELS[type(config)](config, schema, table_sizes)
 
 
-__all__ = ["MODELS", "ModelConfig", "RankingModel", "build_model"]
+__all__ = ["MODELS", "ModelConfig", "RankingModel", "TrainingOutput", "build_model", "split_output"]

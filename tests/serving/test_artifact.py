@@ -94,8 +94,8 @@ def test_a_missing_file_is_refused(copy: Path) -> None:
     [
         ("", "must be readable JSON"),
         ("[]", "must be the manifest of an artifact"),
-        ('{"format": "recsys.artifact", "format_version": 99}', "must be of format version 1, got 99"),
-        ('{"format": "recsys.artifact", "format_version": 1}', "must say name, schema"),
+        ('{"format": "recsys.artifact", "format_version": 99}', "must be of format version 2, got 99"),
+        ('{"format": "recsys.artifact", "format_version": 2}', "must say name, schema"),
     ],
 )
 def test_a_manifest_that_says_something_else(copy: Path, content: str, message: str) -> None:
