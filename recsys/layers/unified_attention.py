@@ -27,11 +27,9 @@ from torch.nn import functional
 
 from recsys.errors import ConfigError
 from recsys.ops.causal_attention import (
-    blocks,
-    blocks_with_previous,
+    Sparsity,
     candidate_attention,
     causal_attention,
-    classes,
     dense_offsets,
     dilated_offsets,
     local_dilated_attention,
@@ -84,7 +82,7 @@ class RMSNorm(nn.Module):
         """Normalises over the last dimension."""
         # vector_norm, because the gradient of a root at 0 is not finite, and a vector may be 0.
         root = torch.linalg.vector_norm(x, dim=-1, keepdim=True) * x.shape[-1] ** -0.5
-        return x / (root + self.eps) * self.weight
+        return x / (root + self.eps) * self.weight  # type: ignore[no-any-return]
 
     def extra_repr(self) -> str:
         """What ``print`` shows of the layer."""
@@ -219,33 +217,45 @@ class CausalPattern(nn.Module):
 class LocalDilatedPattern(nn.Module):
     r"""Every event sees the last k and every r-th before it: :math:`i - j < k` or :math:`(i - j) \bmod r = 0`.
 
+    In a program that is exported, blocks and classes are those of the longest history, whatever the length at hand.
+
     Args:
         window: k.
         dilation: r.
+        max_length: longest history.
         is_split: half of the heads see the local events and the others the dilated ones, instead of all both.
         is_candidate_sparse: a candidate sees the union too, instead of every event.
     """
 
     def __init__(
-        self, window: int, dilation: int, *, is_split: bool = False, is_candidate_sparse: bool = False
+        self,
+        window: int,
+        dilation: int,
+        *,
+        max_length: int,
+        is_split: bool = False,
+        is_candidate_sparse: bool = False,
     ) -> None:
         super().__init__()
         if window < 1 or dilation < 1:
             raise ConfigError(f"window and dilation must be at least 1, got {window} and {dilation}")
-        self.window, self.dilation = window, dilation
+        self.window, self.dilation, self.max_length = min(window, max_length), dilation, max_length
         self.is_split, self.is_candidate_sparse = is_split, is_candidate_sparse
         self._attention = split_attention if is_split else local_dilated_attention
 
+    def _sparsity(self, length: int) -> Sparsity:
+        return Sparsity(self.window, self.dilation, self.max_length if torch.compiler.is_exporting() else length)
+
     def biases(self, relative: RelativeBias, times: Tensor) -> tuple[Tensor, ...]:
         """As :meth:`CausalPattern.biases`: of local pairs in blocks, and of dilated ones in classes."""
-        window, length = self.window, times.shape[1]
-        offsets, allowed = local_offsets(window, length, times.device)
-        query, key = blocks(times, window), blocks_with_previous(times, window)
+        sparsity = self._sparsity(times.shape[1])
+        offsets, allowed = local_offsets(sparsity, times.device)
+        query, key = sparsity.blocks(times), sparsity.blocks_with_previous(times)
         local = relative(offsets.unsqueeze(0), query.unsqueeze(3) - key.unsqueeze(2), allowed.unsqueeze(0))
         # A pair that is local and dilated is counted once, as local.
-        at_least = 0 if self.is_split else window
-        offsets, allowed = dilated_offsets(self.dilation, length, at_least=at_least, device=times.device)
-        of_class = classes(times, self.dilation)
+        at_least = 0 if self.is_split else self.window
+        offsets, allowed = dilated_offsets(sparsity, at_least=at_least, device=times.device)
+        of_class = sparsity.classes(times)
         differences = of_class.unsqueeze(3) - of_class.unsqueeze(2)
         dilated = relative(offsets.unsqueeze(0), differences, allowed.unsqueeze(0))
         return self._halves(local, dilated) if self.is_split else (local, dilated)
@@ -258,7 +268,7 @@ class LocalDilatedPattern(nn.Module):
     def forward(self, query: Tensor, key: Tensor, value: Tensor, biases: tuple[Tensor, ...]) -> Tensor:
         """Attends: (R, H, L, d) each -> (R, H, L, d)."""
         local, dilated = biases
-        return self._attention(query, key, value, local, dilated, window=self.window, dilation=self.dilation)
+        return self._attention(query, key, value, local, dilated, self._sparsity(query.shape[2]))
 
     def is_seen(self, offsets: Tensor) -> Tensor:
         """Which events a candidate sees, by how many places before it they are."""
@@ -307,7 +317,7 @@ class Biases(NamedTuple):
 
 def _heads(x: Tensor, number: int) -> Tensor:
     """(..., D) -> (..., H, d)."""
-    return x.unflatten(-1, (number, -1))
+    return x.unflatten(-1, (number, -1))  # type: ignore[no-any-return]
 
 
 class SelfAttention(nn.Module):

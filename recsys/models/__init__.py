@@ -10,15 +10,18 @@ from pydantic import Field
 from recsys.config import Config
 from recsys.models.base import RankingModel, TrainingOutput, split_output
 from recsys.models.din import DINConfig, build_din
+from recsys.models.suan import LightSUANConfig, SUANConfig, build_lightsuan, build_suan
 from recsys.schema import Schema
 
 Builder = Callable[[Any, Schema, Mapping[str, int]], RankingModel]
 
 MODELS: dict[type[Config], Builder] = {
     DINConfig: build_din,
+    SUANConfig: build_suan,
+    LightSUANConfig: build_lightsuan,
 }
 
-ModelConfig = Annotated[DINConfig, Field()]
+ModelConfig = Annotated[DINConfig | SUANConfig | LightSUANConfig, Field(discriminator="kind")]
 
 
 def build_model(config: Config, schema: Schema, table_sizes: Mapping[str, int]) -> RankingModel:

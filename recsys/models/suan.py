@@ -15,7 +15,7 @@ Shapes: R requests, N candidates (rows), L history length, D width of an event, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Annotated, Literal
 
 import torch
@@ -121,7 +121,7 @@ class SUAN(nn.Module):
     Args:
         config: sizes.
         schema: which features, histories and tasks there are.
-        pattern: builds what events see.
+        pattern: builds what events see, given the longest history.
 
     Raises:
         SchemaError: there is no history, no feature of user or context, or a width that heads cannot share.
@@ -131,7 +131,10 @@ class SUAN(nn.Module):
     """
 
     def __init__(
-        self, config: UnifiedAttentionConfig, schema: Schema, pattern: CausalPattern | LocalDilatedPattern
+        self,
+        config: UnifiedAttentionConfig,
+        schema: Schema,
+        pattern: Callable[[int], CausalPattern | LocalDilatedPattern],
     ) -> None:
         super().__init__()
         request = [*schema.features_of("user"), *schema.features_of("context")]
@@ -166,7 +169,7 @@ class SUAN(nn.Module):
                 num_layers=config.num_layers,
                 num_heads=config.num_heads,
                 hidden=config.hidden_factor * size,
-                pattern=pattern,
+                pattern=pattern(history.max_length),
                 norm_style=config.norm_style,
                 alignment_pooling=config.alignment_pooling,
                 is_bias_per_head=config.bias_per_head,
@@ -276,7 +279,7 @@ def build_suan(config: SUANConfig, schema: Schema, table_sizes: Mapping[str, int
     Raises:
         SchemaError: the schema lacks what the model needs.
     """
-    network = SUAN(config, schema, CausalPattern())
+    network = SUAN(config, schema, lambda _: CausalPattern())
     return RankingModel(Lookup(schema, table_sizes, config.embedding_dim), network)
 
 
@@ -289,10 +292,14 @@ def build_lightsuan(config: LightSUANConfig, schema: Schema, table_sizes: Mappin
     Raises:
         SchemaError: the schema lacks what the model needs.
     """
-    pattern = LocalDilatedPattern(
-        config.window,
-        config.dilation,
-        is_split=config.pattern == "split",
-        is_candidate_sparse=config.candidate_attention == "sparse",
-    )
+
+    def pattern(max_length: int) -> LocalDilatedPattern:
+        return LocalDilatedPattern(
+            config.window,
+            config.dilation,
+            max_length=max_length,
+            is_split=config.pattern == "split",
+            is_candidate_sparse=config.candidate_attention == "sparse",
+        )
+
     return RankingModel(Lookup(schema, table_sizes, config.embedding_dim), SUAN(config, schema, pattern))

@@ -5,11 +5,9 @@ chosen here, so that callers never know.
 """
 
 from recsys.ops.causal_attention.reference import (
-    blocks,
-    blocks_with_previous,
+    Sparsity,
     candidate_attention,
     causal_attention,
-    classes,
     dense_offsets,
     dilated_offsets,
     local_dilated_attention,
@@ -19,11 +17,9 @@ from recsys.ops.causal_attention.reference import (
 )
 
 __all__ = [
-    "blocks",
-    "blocks_with_previous",
+    "Sparsity",
     "candidate_attention",
     "causal_attention",
-    "classes",
     "dense_offsets",
     "dilated_offsets",
     "local_dilated_attention",

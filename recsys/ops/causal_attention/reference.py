@@ -26,6 +26,8 @@ and allows at least one key of every query.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -52,128 +54,156 @@ def dense_offsets(length: int, device: torch.device | None = None) -> Tensor:
     return position.unsqueeze(1) - position
 
 
-def blocks(x: Tensor, size: int) -> Tensor:
-    """Positions in blocks of ``size``, zeros after the last: (R, L, ...) -> (R, B, W, ...)."""
-    padded, number = _padded(x, size)
-    return padded.view(x.shape[0], number, size, *x.shape[2:])
+class Sparsity(NamedTuple):
+    """Which pairs :func:`local_dilated_attention` sees, and for how long a history it makes blocks and classes.
+
+    Attributes:
+        window: k, at least 1.
+        dilation: r, at least 1.
+        length: at least L. In a program that is exported for any L it is the longest history: B and A are constants
+            then, and nothing has to be proven of what L can be divided by.
+    """
+
+    window: int
+    dilation: int
+    length: int
+
+    @property
+    def num_blocks(self) -> int:
+        """B."""
+        return (self.length + self.window - 1) // self.window
+
+    @property
+    def class_size(self) -> int:
+        """A."""
+        return (self.length + self.dilation - 1) // self.dilation
+
+    def blocks(self, x: Tensor) -> Tensor:
+        """Positions in blocks of k: (R, L, ...) -> (R, B, W, ...). Beyond the last, the last again."""
+        number, size = self.num_blocks, self.window
+        return _gathered(x, torch.arange(number * size, device=x.device), number, size)
+
+    def blocks_with_previous(self, x: Tensor) -> Tensor:
+        """Each block behind the one before it: (R, L, ...) -> (R, B, 2 W, ...). Before the first, the first again."""
+        number, size = self.num_blocks, self.window
+        place = torch.arange(number * 2 * size, device=x.device)
+        return _gathered(x, place // (2 * size) * size + place % (2 * size) - size, number, 2 * size)
+
+    def classes(self, x: Tensor) -> Tensor:
+        """Positions by their remainder, in order: (R, L, ...) -> (R, C, A, ...). Beyond the last, the last again."""
+        number, size = self.dilation, self.class_size
+        place = torch.arange(number * size, device=x.device)
+        return _gathered(x, place % size * number + place // size, number, size)
+
+    def of_blocks(self, by_block: Tensor, length: int) -> Tensor:
+        """The inverse of :meth:`blocks`: (R, B, W, ...) -> (R, L, ...)."""
+        position = torch.arange(length, device=by_block.device).clamp(max=self.length - 1)
+        return by_block.flatten(1, 2).index_select(1, position)
+
+    def of_classes(self, by_class: Tensor, length: int) -> Tensor:
+        """The inverse of :meth:`classes`: (R, C, A, ...) -> (R, L, ...)."""
+        position = torch.arange(length, device=by_class.device).clamp(max=self.length - 1)
+        at = position % self.dilation * self.class_size + position // self.dilation
+        return by_class.flatten(1, 2).index_select(1, at)
 
 
-def blocks_with_previous(x: Tensor, size: int) -> Tensor:
-    """Each block behind the one before it (zeros before the first): (R, L, ...) -> (R, B, 2 W, ...)."""
-    block = blocks(x, size)
-    previous = torch.cat([torch.zeros_like(block[:, :1]), block[:, :-1]], dim=1)
-    return torch.cat([previous, block], dim=2)
+def _gathered(x: Tensor, positions: Tensor, outer: int, inner: int) -> Tensor:
+    """``x`` (R, L, ...) at ``positions`` (outer * inner,), those outside cut to the ends, where nobody reads."""
+    taken = x.index_select(1, positions.clamp(0, x.shape[1] - 1))
+    return taken.view(x.shape[0], outer, inner, *x.shape[2:])
 
 
-def classes(x: Tensor, number: int) -> Tensor:
-    """Positions by their remainder, in order, zeros after the last: (R, L, ...) -> (R, C, A, ...)."""
-    padded, size = _padded(x, number)
-    return padded.view(x.shape[0], size, number, *x.shape[2:]).transpose(1, 2)
-
-
-def _padded(x: Tensor, multiple: int) -> tuple[Tensor, int]:
-    """Zeros appended to dimension 1 up to a multiple, and how many times it goes."""
-    length = x.shape[1]
-    number = (length + multiple - 1) // multiple
-    # A block of zeros, then a cut: an exported program need not prove that a padding is not negative.
-    zeros = x.new_zeros(x.shape[0], multiple, *x.shape[2:])
-    return torch.cat([x, zeros], dim=1).narrow(1, 0, number * multiple), number
-
-
-def local_offsets(window: int, length: int, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
+def local_offsets(sparsity: Sparsity, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
     """Offsets ``i - j`` of local pairs, (1, W, 2 W), and whether each is allowed, (B, W, 2 W)."""
+    window = sparsity.window
     here = torch.arange(window, device=device)
     there = torch.arange(2 * window, device=device) - window
     offsets = (here.unsqueeze(1) - there).unsqueeze(0)
-    number = (length + window - 1) // window
-    begins = torch.arange(number, device=device).view(-1, 1, 1) * window
+    begins = torch.arange(sparsity.num_blocks, device=device).view(-1, 1, 1) * window
     return offsets, (offsets >= 0) & (offsets < window) & (begins + there >= 0)
 
 
 def dilated_offsets(
-    dilation: int, length: int, *, at_least: int = 0, device: torch.device | None = None
+    sparsity: Sparsity, *, at_least: int = 0, device: torch.device | None = None
 ) -> tuple[Tensor, Tensor]:
     """Offsets ``i - j`` of pairs of one residue class, and whether each is allowed: both (1, A, A).
 
     Args:
         at_least: smallest offset allowed; the window, where the local pairs are counted elsewhere.
     """
-    offsets = (dense_offsets((length + dilation - 1) // dilation, device) * dilation).unsqueeze(0)
+    offsets = (dense_offsets(sparsity.class_size, device) * sparsity.dilation).unsqueeze(0)
     return offsets, offsets >= at_least
 
 
 def local_dilated_attention(
-    query: Tensor, key: Tensor, value: Tensor, local_bias: Tensor, dilated_bias: Tensor, *, window: int, dilation: int
+    query: Tensor, key: Tensor, value: Tensor, local_bias: Tensor, dilated_bias: Tensor, sparsity: Sparsity
 ) -> Tensor:
     r"""As :func:`causal_attention` over the union of local and dilated pairs, each pair counted once.
 
-    Source: LightSUAN (section 4 of its read-throughs; the formulas are a reconstruction, see the model).
+    Source: LightSUAN; the formulas are a reconstruction, see :mod:`recsys.models.suan`.
 
     Args:
         query, key, value: (R, H, L, d).
-        local_bias: (R or 1, H or 1, B, W, 2 W), W = ``window``.
-        dilated_bias: (R or 1, H or 1, C, A, A), C = ``dilation``; ``-inf`` where the local part has the pair.
-        window: k, at least 1.
-        dilation: r, at least 1.
+        local_bias: (R or 1, H or 1, B, W, 2 W).
+        dilated_bias: (R or 1, H or 1, C or 1, A, A); ``-inf`` where the local part has the pair.
+        sparsity: the pairs.
 
     Returns:
         (R, H, L, d).
     """
-    length = query.shape[2]
-    local_BW = _local_scores(query, key, window) + local_bias
-    dilated_CA = _dilated_scores(query, key, dilation) + dilated_bias
+    length, heads = query.shape[2], query.shape[1]
+    local_BW = _local_scores(query, key, sparsity) + local_bias
+    dilated_CA = _dilated_scores(query, key, sparsity) + dilated_bias
     # Per query, in the order of the sequence: its 2 W local scores, then its A dilated ones.
-    local_L = local_BW.flatten(2, 3).narrow(2, 0, length)
-    dilated_L = dilated_CA.transpose(2, 3).flatten(2, 3).narrow(2, 0, length)
-    weights = torch.softmax(torch.cat([local_L, dilated_L], dim=3), dim=3)
-    local_weights, dilated_weights = weights.split([local_L.shape[3], dilated_L.shape[3]], dim=3)
-    return _local_sum(local_weights, value, window) + _dilated_sum(dilated_weights, value, dilation)
+    local_L = sparsity.of_blocks(local_BW.flatten(0, 1), length)
+    dilated_L = sparsity.of_classes(dilated_CA.flatten(0, 1), length)
+    weights = torch.softmax(torch.cat([local_L, dilated_L], dim=2), dim=2)
+    local_weights, dilated_weights = weights.split([local_L.shape[2], dilated_L.shape[2]], dim=2)
+    local = _local_sum(sparsity.blocks(local_weights), value, sparsity)
+    dilated = _dilated_sum(sparsity.classes(dilated_weights), value, sparsity)
+    return (local + dilated).unflatten(0, (-1, heads))  # type: ignore[no-any-return]
 
 
 def split_attention(
-    query: Tensor, key: Tensor, value: Tensor, local_bias: Tensor, dilated_bias: Tensor, *, window: int, dilation: int
+    query: Tensor, key: Tensor, value: Tensor, local_bias: Tensor, dilated_bias: Tensor, sparsity: Sparsity
 ) -> Tensor:
     """As :func:`local_dilated_attention`, the first H // 2 heads local and the others dilated, each with its softmax.
 
     Args:
         local_bias: (R or 1, H // 2 or 1, B, W, 2 W).
-        dilated_bias: (R or 1, H - H // 2 or 1, C, A, A), every causal pair of a class allowed.
+        dilated_bias: (R or 1, H - H // 2 or 1, C or 1, A, A), every causal pair of a class allowed.
     """
-    length, half = query.shape[2], query.shape[1] // 2
-    local = torch.softmax(_local_scores(query[:, :half], key[:, :half], window) + local_bias, dim=4)
-    dilated = torch.softmax(_dilated_scores(query[:, half:], key[:, half:], dilation) + dilated_bias, dim=4)
-    near = _local_sum(local.flatten(2, 3).narrow(2, 0, length), value[:, :half], window)
-    far = _dilated_sum(dilated.transpose(2, 3).flatten(2, 3).narrow(2, 0, length), value[:, half:], dilation)
+    heads = query.shape[1]
+    half = heads // 2
+    local = torch.softmax(_local_scores(query[:, :half], key[:, :half], sparsity) + local_bias, dim=4)
+    dilated = torch.softmax(_dilated_scores(query[:, half:], key[:, half:], sparsity) + dilated_bias, dim=4)
+    near = _local_sum(local.flatten(0, 1), value[:, :half], sparsity).unflatten(0, (-1, half))
+    far = _dilated_sum(dilated.flatten(0, 1), value[:, half:], sparsity).unflatten(0, (-1, heads - half))
     return torch.cat([near, far], dim=1)
 
 
-def _by_head(x: Tensor, form: Tensor) -> Tensor:
-    """(R H, ...) -> (R, H, ...) of the tensor ``x`` (R, H, L, d)."""
-    return form.view(x.shape[0], x.shape[1], *form.shape[1:])
-
-
-def _local_scores(query: Tensor, key: Tensor, window: int) -> Tensor:
+def _local_scores(query: Tensor, key: Tensor, sparsity: Sparsity) -> Tensor:
     """(R, H, B, W, 2 W)."""
-    query_BWd = blocks(query.flatten(0, 1) * query.shape[3] ** -0.5, window)
-    return _by_head(query, query_BWd @ blocks_with_previous(key.flatten(0, 1), window).transpose(2, 3))
+    query_BWd = sparsity.blocks(query.flatten(0, 1) * query.shape[3] ** -0.5)
+    scores = query_BWd @ sparsity.blocks_with_previous(key.flatten(0, 1)).transpose(2, 3)
+    return scores.unflatten(0, (-1, query.shape[1]))  # type: ignore[no-any-return]
 
 
-def _dilated_scores(query: Tensor, key: Tensor, dilation: int) -> Tensor:
+def _dilated_scores(query: Tensor, key: Tensor, sparsity: Sparsity) -> Tensor:
     """(R, H, C, A, A)."""
-    query_CAd = classes(query.flatten(0, 1) * query.shape[3] ** -0.5, dilation)
-    return _by_head(query, query_CAd @ classes(key.flatten(0, 1), dilation).transpose(2, 3))
+    query_CAd = sparsity.classes(query.flatten(0, 1) * query.shape[3] ** -0.5)
+    scores = query_CAd @ sparsity.classes(key.flatten(0, 1)).transpose(2, 3)
+    return scores.unflatten(0, (-1, query.shape[1]))  # type: ignore[no-any-return]
 
 
-def _local_sum(weights: Tensor, value: Tensor, window: int) -> Tensor:
-    """Weights (R, H, L, 2 W) -> (R, H, L, d)."""
-    summed = blocks(weights.flatten(0, 1), window) @ blocks_with_previous(value.flatten(0, 1), window)
-    return _by_head(value, summed.flatten(1, 2)).narrow(2, 0, value.shape[2])
+def _local_sum(weights: Tensor, value: Tensor, sparsity: Sparsity) -> Tensor:
+    """Weights (R H, B, W, 2 W), value (R, H, L, d) -> (R H, L, d)."""
+    return sparsity.of_blocks(weights @ sparsity.blocks_with_previous(value.flatten(0, 1)), value.shape[2])
 
 
-def _dilated_sum(weights: Tensor, value: Tensor, dilation: int) -> Tensor:
-    """Weights (R, H, L, A) -> (R, H, L, d)."""
-    summed = classes(weights.flatten(0, 1), dilation) @ classes(value.flatten(0, 1), dilation)
-    return _by_head(value, summed.transpose(1, 2).flatten(1, 2)).narrow(2, 0, value.shape[2])
+def _dilated_sum(weights: Tensor, value: Tensor, sparsity: Sparsity) -> Tensor:
+    """Weights (R H, C, A, A), value (R, H, L, d) -> (R H, L, d)."""
+    return sparsity.of_classes(weights @ sparsity.classes(value.flatten(0, 1)), value.shape[2])
 
 
 def candidate_attention(
@@ -207,7 +237,7 @@ def candidate_attention(
     scores_NHL = _scores_of_rows(query * scale, key, request_of_row) + _of_rows(bias, request_of_row)
     weights = torch.softmax(torch.cat([scores_NHL, own_NH1], dim=2), dim=2)
     events_NHL, own_NH1 = weights.split([scores_NHL.shape[2], 1], dim=2)
-    return _sums_of_rows(events_NHL, value, request_of_row) + own_NH1 * own_value
+    return _sums_of_rows(events_NHL, value, request_of_row) + own_NH1 * own_value  # type: ignore[no-any-return]
 
 
 def token_attention(query: Tensor, key: Tensor, value: Tensor, request_of_row: Tensor | None) -> Tensor:
