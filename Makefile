@@ -25,14 +25,13 @@ $(STAMP): $(wildcard requirements/*) pyproject.toml
 demo: $(STAMP)  ## the whole road in a few minutes: simulate, train, export, serve, rank
 	@$(VENV)/bin/recsys demo
 
-test: $(STAMP)  ## the tests that need nothing special
-	$(PYTEST) -m "not ($(REST))"
+test: $(STAMP)  ## the tests that need nothing special, on all cores
+	$(PYTEST) -n logical --maxprocesses 8 --dist worksteal -m "not ($(REST))"
 
 test-rest: $(STAMP)  ## the tests that `make test` leaves out; what is not there is skipped with its reason
 	$(PYTEST) -m "$(REST)" || [ $$? -eq 5 ]
 
-test-all: $(STAMP)  ## every test, once
-	$(PYTEST)
+test-all: test test-rest  ## every test, once
 
 lint: $(STAMP)  ## ruff: rules and format
 	$(VENV)/bin/ruff check

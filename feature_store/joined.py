@@ -14,6 +14,7 @@ from feature_store.entities import Entities
 from feature_store.event_log import EventLog
 from feature_store.point_in_time import Requests
 from feature_store.sources import feature_use, to_arrow
+from feature_store.time_spans import check_overlap, check_unit, span
 from feature_store.views import Views
 from recsys.errors import SourceError, nearest
 from recsys.schema import Feature, History, Schema
@@ -33,6 +34,7 @@ class Joined:
         user_row: ``(R,)`` int64, row of the users table of each request.
         logs: the event log of each history.
         num_unused_events: events that are in no history.
+        time_spans: first and last time of the impressions and of each event type, as ISO 8601 text.
     """
 
     views: Views
@@ -44,6 +46,7 @@ class Joined:
     user_row: np.ndarray
     logs: Mapping[str, EventLog]
     num_unused_events: int
+    time_spans: Mapping[str, tuple[str, str]]
 
     @classmethod
     def join(cls, views: Views, stage: Callable[[str], None]) -> Self:
@@ -55,7 +58,8 @@ class Joined:
 
         Raises:
             QuarantineError: too many rows of a view are broken.
-            SourceError: a history finds none of its event types.
+            SourceError: a history finds none of its event types; or the times of a log cannot be meant
+                (:mod:`feature_store.time_spans`).
         """
         stage("Checking impressions")
         shown = views.valid_rows("impressions")
@@ -69,8 +73,9 @@ class Joined:
         user_row = users.rows_of(views.keys("impressions", "user").gather(shown))
         item_row = items.rows_of(views.keys("impressions", "item").gather(shown))
         requests = _requests(views, shown, user_row, item_row)
+        views.notes += check_unit(requests.time, views.time_column("impressions"))
         stage("Sorting events")
-        logs, num_unused = ({}, 0) if happened is None else _event_logs(views, happened, users, items)
+        logs, num_unused, spans = _event_logs(views, happened, users, items, requests)
         return cls(
             views=views,
             users=users,
@@ -81,6 +86,7 @@ class Joined:
             user_row=user_row[requests.order[requests.row_start]],
             logs=logs,
             num_unused_events=num_unused,
+            time_spans=spans,
         )
 
     @property
@@ -157,9 +163,13 @@ def _requests(views: Views, shown: np.ndarray, user_row: np.ndarray, item_row: n
 
 
 def _event_logs(
-    views: Views, happened: np.ndarray, users: Entities, items: Entities
-) -> tuple[dict[str, EventLog], int]:
-    """The event log of each history, and how many events are in none."""
+    views: Views, happened: np.ndarray | None, users: Entities, items: Entities, requests: Requests
+) -> tuple[dict[str, EventLog], int, dict[str, tuple[str, str]]]:
+    """The event log of each history, how many events are in none, and the time spans of everything."""
+    shown = span(requests.time)
+    spans = {} if shown is None else {"impressions": shown}
+    if happened is None:
+        return {}, 0, spans
     everything = EventLog.build(
         happened,
         users.rows_of(views.keys("events", "user").gather(happened)),
@@ -169,6 +179,7 @@ def _event_logs(
     )
     types = views.event_types()
     types = None if types is None else types.gather(everything.source_row)
+    _check_times(views, everything, types, requests, spans)
     is_used = np.zeros(everything.num_events, dtype=bool)
     logs = {}
     for history in views.schema.histories:
@@ -180,13 +191,39 @@ def _event_logs(
             _check_types(views, history, types, is_chosen)
             logs[history.name] = everything.filtered(is_chosen.to_numpy())
             is_used |= is_chosen.to_numpy()
-    return logs, int(np.count_nonzero(~is_used))
+    return logs, int(np.count_nonzero(~is_used)), spans
+
+
+def _check_times(
+    views: Views, events: EventLog, types: pl.Series | None, requests: Requests, spans: dict[str, tuple[str, str]]
+) -> None:
+    """Refuses events whose times cannot be meant; adds the span of each type, and notes what is odd."""
+    column = views.time_column("events")
+    views.notes += check_unit(events.time, column)
+    if requests.num_requests:
+        first, last = (int(requests.time[place]) for place in (0, -1))
+        found, notes = check_overlap(events.time, types, (first, last), column)
+        spans.update(found)
+        views.notes += notes
 
 
 def _check_types(views: Views, history: History, types: pl.Series, is_chosen: pl.Series) -> None:
+    """Names the types of a history that never occur.
+
+    That is an error if none occurs, or if one occurs written otherwise (in case, spaces, ``-`` and ``_``): it cannot
+    be meant. Else it is a note: a sample may lack a type that is rare.
+    """
     assert history.event_types is not None
     present = types.drop_nulls().unique().to_list()
     absent = sorted(set(history.event_types) - set(present))
+    written = {_letters(name): name for name in present}
+    for name in absent:
+        if _letters(name) in written:
+            raise SourceError(
+                f"{views.sources['events'].place}: history {history.name!r} must name event types as they are "
+                f"written, got {name!r}",
+                hint=f"did you mean {written[_letters(name)]!r}?",
+            )
     if len(types) == 0 or is_chosen.any():
         views.notes += [
             f"history {history.name!r}: there is no event of type {name!r} ({nearest(name, present)})"
@@ -198,3 +235,8 @@ def _check_types(views: Views, history: History, types: pl.Series, is_chosen: pl
         f"{', '.join(history.event_types)}, got none",
         hint=nearest(history.event_types[0], present),
     )
+
+
+def _letters(name: str) -> str:
+    """What two spellings of an event type share."""
+    return "".join(name.casefold().replace("-", " ").replace("_", " ").split())

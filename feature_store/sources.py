@@ -261,6 +261,11 @@ class Source:
         counted = self.read({"integers": is_integer.sum(), "values": text.count()})
         return int(counted["integers"][0]), int(counted["values"][0])
 
+    def begins_with_integer(self, column: str) -> bool:
+        """Whether the first value of a text column is written as an integer."""
+        first = self.frame.select(pl.col(column).drop_nulls().head(1)).head(1).collect().to_series()
+        return bool(first.str.contains(_INTEGER_TEXT).any())
+
     def rows(self, source_rows: np.ndarray) -> pl.DataFrame:
         """Some rows as they are in the source, by their numbers."""
         wanted = pl.Series(source_rows, dtype=pl.UInt32 if self.num_rows < 2**32 else pl.UInt64)

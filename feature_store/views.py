@@ -18,6 +18,7 @@ from feature_store.sources import (
     settle_key_types,
     settle_value_types,
 )
+from feature_store.time_spans import TimeColumn
 from recsys.schema import EventsView, Feature, FormatSpec, ImpressionsView, Schema, Task
 
 
@@ -154,6 +155,14 @@ class Views:
         assert log is not None
         use = Use(log.time, "time", view, log.time_unit, time_zone=log.time_zone)
         return self.sources[view].column(use).fill_null(-1).to_numpy()
+
+    def time_column(self, view: str) -> TimeColumn:
+        """The time column of a log as messages name it; text counts as integers if its first value is one."""
+        log, source = self._log(view), self.sources[view]
+        assert log is not None
+        kind = source.kinds[log.time]
+        is_integer = kind == "integer" or (kind == "text" and source.begins_with_integer(log.time))
+        return TimeColumn(source.place, f"views.{view}", log.time, log.time_unit if is_integer else None)
 
     def event_types(self) -> pl.Series | None:
         """The type of every event as text; None if events have none."""

@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from recsys.errors import SourceError
+from recsys.files import put_in_place, sync_tree
 
 _MARK = "manifest.json"
 """Only a folder that holds this file, or nothing, is ever replaced."""
@@ -70,30 +71,7 @@ def replacing(folder: Path) -> Iterator[Path]:
     temporary.mkdir()
     try:
         yield temporary
-        sync_folders(temporary)
-        if folder.exists():
-            old = folder.with_name(f"{folder.name}.tmp-old-{token}")
-            folder.rename(old)
-            temporary.rename(folder)
-            sync(folder.parent)
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            temporary.rename(folder)
-            sync(folder.parent)
+        sync_tree(temporary, files=False)  # the build has made its files durable
+        put_in_place(temporary, folder, retired=folder.with_name(f"{folder.name}.tmp-old-{token}"))
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def sync_folders(folder: Path) -> None:
-    """Makes the names in a folder and all below it durable."""
-    for path, _, _ in os.walk(folder):
-        sync(Path(path))
-
-
-def sync(path: Path) -> None:
-    """Makes a file's content, or a folder's list of names, durable."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -1,7 +1,8 @@
 """The command line: all commands, and where every error of theirs ends.
 
 It may import every package, and imports none until a command runs: ``--help`` must come at once. Errors raised on
-purpose are printed as a message with its hint, and the exit status is 2; ``--debug`` shows where they were raised. An
+purpose are printed as a message with its hint, and the exit status is 2; ``--debug`` shows where they were raised. So
+are a file or folder that the system does not let us read or write, where no command has said more about it. An
 interrupt ends with status 130 and says how to go on. Anything else is a defect: status 1, with the traceback.
 """
 
@@ -32,7 +33,7 @@ from recsys.commands import (
     simulate,
     train,
 )
-from recsys.errors import RecsysError
+from recsys.errors import ConfigError, RecsysError
 
 AFTER_INTERRUPT = {
     "train": "Run the same command again: training goes on from the last checkpoint.",
@@ -53,6 +54,9 @@ CALM = {
 }
 """Set for every command unless set already: libraries draw no bars of their own and call nobody; and OpenMP's threads
 do not spin while they wait for one another, for beside a busy process that makes training many times slower."""
+
+
+_FILES = "check the path, what may be read and written there, and the space left; --debug shows what was being done"
 
 
 class Commands(TyperGroup):
@@ -92,6 +96,9 @@ class Commands(TyperGroup):
         except Exception as err:
             if debug:
                 raise
+            if isinstance(err, OSError) and err.filename is not None and err.strerror is not None:
+                _print_error(ConfigError(f"{os.fsdecode(err.filename)} cannot be used: {err.strerror}", hint=_FILES))
+                raise typer.Exit(2) from err
             traceback.print_exc()
             sys.stderr.write(f"\nUnexpected {type(err).__name__}: this is a defect of recsys, not of your input.\n")
             raise typer.Exit(1) from err

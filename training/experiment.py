@@ -81,7 +81,9 @@ class ExperimentConfig(Config):
     """
 
     name: Name
-    schema_file: str = Field(min_length=1, description="relative to this file")
+    schema_file: str = Field(
+        min_length=1, description="relative to this file, unlike the folders of data: those start at the working folder"
+    )
     data: DataConfig
     model: ModelConfig
     training: TrainingConfig = TrainingConfig()
@@ -111,6 +113,9 @@ class ExperimentConfig(Config):
 def load_experiment(path: str | Path, overrides: Iterable[str] = ()) -> tuple[ExperimentConfig, Schema]:
     """Reads an experiment and the schema that it names.
 
+    The schema's path is relative to the experiment's file: both belong together, wherever they are used from. The
+    folders of data are relative to the working folder, as all paths on the command line are.
+
     Args:
         path: a YAML file.
         overrides: ``a.b=c`` each.
@@ -120,9 +125,22 @@ def load_experiment(path: str | Path, overrides: Iterable[str] = ()) -> tuple[Ex
     """
     path = Path(path)
     experiment = validate(ExperimentConfig, apply_overrides(load_yaml(path), overrides), source=str(path))
-    schema = Schema.load(path.parent / experiment.schema_file)
+    schema = Schema.load(_schema_path(path, experiment.schema_file))
     check_tasks(experiment, schema, source=str(path))
     return experiment, schema
+
+
+def _schema_path(experiment: Path, schema_file: str) -> Path:
+    """Where the schema of an experiment is."""
+    path = experiment.parent / schema_file
+    if path.exists():
+        return path
+    beside = [p.name for p in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
+    raise ConfigError(
+        f"{experiment}: schema_file must be a file, relative to this one, got {schema_file!r}: {path.resolve()} does "
+        "not exist",
+        hint=nearest(path.name, beside) if beside else "only the folders of data start at the working folder",
+    )
 
 
 def check_tasks(experiment: ExperimentConfig, schema: Schema, *, source: str) -> None:

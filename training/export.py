@@ -41,10 +41,11 @@ from recsys.batch import Bags, Batch, Column, HistoryBatch
 from recsys.config import Config, fingerprint
 from recsys.embedded import Space, widths
 from recsys.errors import ArtifactError, MissingDependencyError
+from recsys.files import write_json
 from recsys.models import RankingModel
 from recsys.predictor import Predictor, quiet, torch_version
 from recsys.schema import UNKNOWN_ID, Schema
-from recsys.training_set import TrainingSet, write_json
+from recsys.training_set import TIME, TrainingSet
 
 Snapshot = Literal["none", "items", "all"]
 
@@ -164,6 +165,7 @@ def export_artifact(
                     "schema_fingerprint": fingerprint(schema),
                     "encoder_fingerprint": training_set.encoder.fingerprint,
                     "training_set_fingerprint": training_set.fingerprint,
+                    "training_period_us": _period(training_set),
                     "model": None if model_config is None else model_config.model_dump(mode="json"),
                     "tasks": [t.name for t in schema.tasks],
                     "tables": tables,
@@ -199,6 +201,12 @@ def _tables(model: RankingModel, training_set: TrainingSet) -> dict[str, np.ndar
             hint="export the model together with the training set that it was trained on",
         )
     return found
+
+
+def _period(training_set: TrainingSet) -> list[int] | None:
+    """First and last time of the training split's requests, UTC microseconds; None where it is empty."""
+    times = training_set.split("train").requests.array(TIME)
+    return [int(times.min()), int(times.max())] if len(times) else None
 
 
 def _copy_snapshot(training_set: TrainingSet, folder: Path, snapshot: Snapshot) -> None:

@@ -11,8 +11,6 @@ and :func:`reliability_bins` turn predictions into those parts of it that are fi
 from __future__ import annotations
 
 import math
-import os
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +19,7 @@ from typing import Any, Literal
 import numpy as np
 import yaml
 
+from recsys.files import write_text
 from recsys.metrics import Metrics, auc, reliability_by_quantile
 from training.report_chart import Plot, escape, round_ticks
 
@@ -226,18 +225,7 @@ def write_report(path: str | Path, data: ReportData) -> Path:
         The path, absolute.
     """
     path = Path(path).absolute()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".tmp-{path.name}-")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(render_report(data))
-            file.flush()
-            os.fsync(file.fileno())
-        Path(temporary).chmod(0o644)
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    write_text(path, render_report(data))
     return path
 
 

@@ -28,10 +28,11 @@ import torch
 from torch import Tensor
 
 from recsys.errors import CheckpointError, ConfigError, DataError, IntegrityError, TrainingError
+from recsys.files import append_line, write_json
 from recsys.metrics import Metrics
 from recsys.models import build_model
 from recsys.schema import Schema
-from recsys.training_set import TrainingSet, write_json
+from recsys.training_set import TrainingSet
 from training.checkpoint import CheckpointStore, checkpoint_name
 from training.console import TrainingDisplay, quiet_libraries
 from training.data import BatchLoader, LoadedBatch
@@ -140,6 +141,7 @@ def train(
     resume: bool = True,
     workers: int = 1,
     progress: bool = True,
+    verify: bool = True,
 ) -> TrainResult:
     """Trains a model, or goes on with a run that was interrupted.
 
@@ -150,6 +152,8 @@ def train(
         resume: False starts an interrupted or finished run again from nothing.
         workers: processes; more than one needs Ray.
         progress: show progress on stderr.
+        verify: compare the training set's files with their checksums, if they were not since they were last touched
+            (:meth:`~recsys.training_set.TrainingSet.verify_once`).
 
     Returns:
         The result; at once if the folder holds this very run, finished.
@@ -166,6 +170,8 @@ def train(
     check_tasks(experiment, schema, source="experiment")
     folder = RunFolder(Path(run_dir))
     training_set = open_training_set(experiment, schema)
+    if verify:
+        training_set.verify_once()
     with TrainingDisplay(enabled=progress) as display, folder.locked():
         summary = folder.begin(experiment, schema, training_set, resume=resume)
         if summary is not None:
@@ -524,10 +530,7 @@ class Trainer:
 
     def _write_metrics(self, line: Mapping[str, Any]) -> None:
         if self._strategy.rank == 0:
-            with self._folder.metrics.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line, allow_nan=False) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
+            append_line(self._folder.metrics, json.dumps(line, allow_nan=False))
 
     def _cut_metrics(self) -> None:
         """Removes the lines written after the checkpoint: the steps that they tell of will be taken again."""

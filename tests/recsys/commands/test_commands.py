@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import importlib
 import json
 import shutil
 from collections.abc import Callable
@@ -299,7 +300,7 @@ def test_data_converts(tmp_path: Path, dataset: Callable[[str], Path]) -> None:
 
 @pytest.mark.slow
 def test_demo_runs_all_stages_and_again_from_what_is_there(tmp_path: Path) -> None:
-    arguments = ("demo", "-o", tmp_path / "demo", "--impressions", 12_000, "--epochs", 1)
+    arguments = ("demo", "-o", tmp_path / "a #1: 'demo', [x]", "--impressions", 12_000, "--epochs", 1)
     first = answer(*arguments)
     scorers = first["scorers"]
     assert scorers["floor"]["auc"] < scorers["ceiling"]["auc"]
@@ -319,3 +320,98 @@ def test_demo_runs_all_stages_and_again_from_what_is_there(tmp_path: Path) -> No
     assert again.stderr.count("there already") == 3
     assert f"{scorers['model']['auc']:.4f}" in again.stdout
     assert "item popularity (floor)" in again.stdout
+
+
+@pytest.mark.parametrize("target", ["/proc/x", "/proc/x/y", "FILE/x"])
+@pytest.mark.parametrize("command", ["simulate", "demo", "build", "data", "check", "inspect"])
+def test_a_place_that_cannot_be_written_is_told_before_any_work(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str, target: str
+) -> None:
+    def work(*_: object, **__: object) -> None:
+        pytest.fail("work began")
+
+    # By its name, the package would give the function of the same name.
+    monkeypatch.setattr(importlib.import_module("feature_store.datasets.simulator.simulate"), "build_world", work)
+    monkeypatch.setattr("feature_store.build._build", work)
+    monkeypatch.setattr("feature_store.quality.check_quality", work)
+    monkeypatch.setattr("feature_store.propose.propose", work)
+    (tmp_path / "FILE").write_text("")
+    (tmp_path / "raw").mkdir()
+    target = str(tmp_path / target)
+    arguments: dict[str, tuple[object, ...]] = {
+        "simulate": ("simulate", "--output", target),
+        "demo": ("demo", "--output", target),
+        "build": ("build", place / "tiny.yaml", "--set", f"data.training_set={target}"),
+        "data": ("data", "kuairand_pure", "--raw", tmp_path / "raw", "--output", target),
+        "check": ("data", "check", place / "tiny.yaml", "--html", target),
+        "inspect": ("data", "inspect", place / "sound.parquet", "--schema", target),
+    }
+    done = invoke(*arguments[command])
+    assert done.exit_code == 2, done.output
+    assert f"must be a place that can be written to, got {target}" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_the_demo_wants_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "FILE").write_text("")
+    done = invoke("demo", "-o", tmp_path / "FILE")
+    assert done.exit_code == 2
+    assert f"--output must be a folder, got the file {tmp_path / 'FILE'}" in done.stderr
+
+
+def test_build_tells_what_it_found(place: Path) -> None:
+    done = invoke("build", place / "tiny.yaml")
+    assert done.exit_code == 0, done.stderr
+    summary = answer("build", place / "tiny.yaml")
+    shown = {line.split("  ")[0]: line.rpartition("  ")[2] for line in done.stdout.splitlines()}
+    assert shown["users without attributes"] == f"{summary['users_without_attributes']:,}"
+    assert shown["items without attributes"] == f"{summary['items_without_attributes']:,}"
+    assert shown["events in no history"] == f"{summary['unused_events']:,}"
+    assert summary["time_spans"]["impressions"][0].startswith("20")
+    for log, (first, last) in summary["time_spans"].items():
+        assert shown[f"time of {log}"] == f"{first} to {last}"
+    assert [v for k, v in shown.items() if k.startswith("note ")] == summary["notes"]
+
+
+@pytest.mark.parametrize("wrong", [999, 10**9 + 1])
+def test_simulate_says_the_sizes_that_it_takes(tmp_path: Path, wrong: int) -> None:
+    from feature_store.datasets.simulator import SimulatorConfig
+    from recsys.commands.simulate import MAX_IMPRESSIONS, MIN_IMPRESSIONS
+
+    bounds = SimulatorConfig.model_json_schema()["properties"]["num_impressions"]
+    assert (bounds["minimum"], bounds["maximum"]) == (MIN_IMPRESSIONS, MAX_IMPRESSIONS)
+    assert "1000<=x<=1000000000" in invoke("simulate", "--help").stdout
+    done = invoke("simulate", "--output", tmp_path / "out", "--impressions", wrong)
+    assert done.exit_code == 2
+    assert "Invalid value for '--impressions'" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_train_refuses_a_training_set_that_was_changed(place: Path, tmp_path: Path) -> None:
+    """One bit of one label: nothing but the checksum knows."""
+    copy = tmp_path / "set"
+    arguments = ("train", place / "tiny.yaml", "--set", f"data.training_set={copy}", "--set", "training.epochs=1")
+    invoke("build", place / "tiny.yaml")
+    shutil.copytree(place / "training_set", copy)
+    table = copy / "train" / "impressions.arrow"
+    content = bytearray(table.read_bytes())
+    content[len(content) // 2] ^= 1
+    table.write_bytes(content)
+    done = invoke(*arguments, "--run", tmp_path / "run")
+    assert done.exit_code == 2
+    assert f"{table} was changed after it was written" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_missing_files_are_named_by_the_whole_path(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = invoke("build", place / "tiny.yaml", "--set", "data.views=nowhere", "--set", "data.training_set=set")
+    assert done.exit_code == 2
+    assert f"{tmp_path}/nowhere/impressions.parquet does not exist" in done.stderr
+    assert f"'nowhere' is relative to the working folder, {tmp_path}" in done.stderr
+    done = invoke("build", place / "tiny.yaml", "--set", "schema_file=../schem.yaml")
+    assert done.exit_code == 2
+    assert f"{place.parent}/schem.yaml does not exist" in done.stderr
+    assert "relative to this one" in done.stderr
