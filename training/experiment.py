@@ -14,6 +14,7 @@ from recsys.errors import ConfigError, nearest
 from recsys.models import ModelConfig
 from recsys.schema import Name, Schema
 from training.data import ShuffleConfig
+from training.distill import DistillationConfig, OfflineDistillationConfig
 from training.optim import AdagradConfig, DenseAdamConfig, DenseOptimizerConfig, EmbeddingOptimizerConfig
 from training.tracking import TrackingConfig
 
@@ -87,6 +88,7 @@ class ExperimentConfig(Config):
     data: DataConfig
     model: ModelConfig
     training: TrainingConfig = TrainingConfig()
+    distillation: DistillationConfig | None = Field(None, description="what teaches the model; only the model is kept")
     tracking: TrackingConfig = TrackingConfig()
 
     def run_fingerprint(self, schema: Schema, training_set: str) -> str:
@@ -94,16 +96,22 @@ class ExperimentConfig(Config):
 
         Args:
             training_set: its fingerprint.
+
+        Raises:
+            ConfigError: the model is taught by a run that has not finished.
         """
         training = self.training.model_dump(mode="json", exclude=set(_DECIDES_NOTHING))
-        return fingerprint(
-            {
-                "schema": schema.model_dump(mode="json"),
-                "training_set": training_set,
-                "model": self.model.model_dump(mode="json"),
-                "training": training,
-            }
-        )
+        deciding: dict[str, Any] = {
+            "schema": schema.model_dump(mode="json"),
+            "training_set": training_set,
+            "model": self.model.model_dump(mode="json"),
+            "training": training,
+        }
+        if isinstance(self.distillation, OfflineDistillationConfig):
+            deciding["distillation"] = self.distillation.resolved()
+        elif self.distillation is not None:
+            deciding["distillation"] = self.distillation.model_dump(mode="json")
+        return fingerprint(deciding)
 
     def selection_task(self, schema: Schema) -> str:
         """Name of the task whose validation metric chooses the checkpoint."""

@@ -30,6 +30,7 @@ from recsys.models import RankingModel, build_model
 from recsys.schema import Schema
 from recsys.training_set import TrainingSet
 from training.checkpoint import CheckpointStore
+from training.distill import student_state
 from training.experiment import ExperimentConfig
 
 FORMAT_VERSION = 1
@@ -227,7 +228,8 @@ class TrainedRun:
         experiment = validate(ExperimentConfig, config["experiment"], source=source)
         schema = validate(Schema, config["schema"], source=source)
         model = build_model(experiment.model, schema, config["table_sizes"])
-        CheckpointStore(folder.checkpoints).load(summary["best_checkpoint"], {"model": model.state_dict()})
+        state = student_state(experiment, model.state_dict())
+        CheckpointStore(folder.checkpoints).load(summary["best_checkpoint"], {"model": state})
         return cls(
             folder=folder,
             experiment=experiment,
@@ -262,8 +264,8 @@ def _difference(
     wanted = experiment.model_dump(mode="json")
     old = found.get("experiment", {})
     parts = []
-    for part in ("model", "training"):
-        before, now = flatten(old.get(part, {})), flatten(wanted[part])
+    for part in ("model", "training", "distillation"):
+        before, now = flatten(old.get(part) or {}), flatten(wanted[part] or {})
         parts += [f"{part}.{k}" for k in sorted(before.keys() | now.keys()) if before.get(k) != now.get(k)]
     if found.get("schema") != schema.model_dump(mode="json"):
         parts.append("schema")

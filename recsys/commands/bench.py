@@ -8,13 +8,13 @@ import typer
 
 from recsys.commands.options import Json
 
-BENCHMARKS = ("build", "batches", "train", "score", "online")
+BENCHMARKS = ("build", "batches", "train", "score", "online", "long_histories")
 
 
 def bench(
     name: Annotated[
-        Literal["build", "batches", "train", "score", "online", "all"],
-        typer.Argument(metavar="build|batches|train|score|online|all", help="What to measure."),
+        Literal["build", "batches", "train", "score", "online", "long_histories", "all"],
+        typer.Argument(metavar="build|batches|train|score|online|long_histories|all", help="What to measure."),
     ],
     as_json: Json = False,
 ) -> None:
