@@ -46,7 +46,8 @@ def run(
         repeats: timed in turn.
 
     Returns:
-        Milliseconds of the thread by model and length, of many candidates and of one, and the ratio of the two models; the machine.
+        Milliseconds of the thread by model and length, of many candidates and of one, and the ratio of the two models;
+        the machine.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

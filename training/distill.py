@@ -49,6 +49,8 @@ if TYPE_CHECKING:
 
 FORMAT_VERSION = 1
 STUDENT = "student"
+TEACHER = "teacher"
+"""What a checkpoint calls them."""
 LOGITS = "distillation"
 """Folder of a teacher's cached logits, in its run folder."""
 

@@ -30,7 +30,7 @@ from recsys.models import RankingModel, build_model
 from recsys.schema import Schema
 from recsys.training_set import TrainingSet
 from training.checkpoint import CheckpointStore
-from training.distill import student_state
+from training.distill import TEACHER, OnlineDistillationConfig, student_state
 from training.experiment import ExperimentConfig
 
 FORMAT_VERSION = 1
@@ -241,6 +241,24 @@ class TrainedRun:
             model=model.eval(),
             summary=summary,
         )
+
+    def load_teacher(self) -> RankingModel:
+        """The teacher that was trained along, with the weights of the same checkpoint, in evaluation mode, on the CPU.
+
+        Raises:
+            ConfigError: there was none.
+            CheckpointError: the checkpoint is damaged.
+        """
+        config = self.experiment.distillation
+        if not isinstance(config, OnlineDistillationConfig):
+            raise ConfigError(
+                f"the run in {self.folder.path} must have trained a teacher along, but has not",
+                hint="that is what distillation.mode=online does; an offline teacher is a run of its own",
+            )
+        teacher = build_model(config.teacher, self.schema, self.table_sizes)
+        state = {f"{TEACHER}.{name}": tensor for name, tensor in teacher.state_dict().items()}
+        CheckpointStore(self.folder.checkpoints).load(self.summary["best_checkpoint"], {"model": state})
+        return teacher.eval()
 
     def training_set(self) -> TrainingSet:
         """The training set that the run was trained on.

@@ -23,7 +23,6 @@ from torchrec.optim.keyed import CombinedOptimizer
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
 from recsys.layers.activations import Dice, Moments
-from recsys.models import RankingModel
 from training.optim import (
     DenseOptimizerConfig,
     EmbeddingOptimizerConfig,
@@ -49,7 +48,7 @@ class ShardedProcesses:
 
     def prepare(
         self,
-        model: RankingModel,
+        model: nn.Module,
         embedding: EmbeddingOptimizerConfig,
         dense: DenseOptimizerConfig,
     ) -> Prepared:
