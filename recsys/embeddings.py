@@ -138,6 +138,11 @@ class Lookup(nn.Module):
             )
         self.groups = nn.ModuleList(groups)
 
+    @property
+    def uses(self) -> Mapping[str, Sequence[Use]]:
+        """What is looked up in each table."""
+        return self._uses
+
     def _has_sets(self, uses: list[Use]) -> bool:
         return any(isinstance(self.schema.feature(u.feature), MultiCategorical) for u in uses)
 

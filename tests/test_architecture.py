@@ -78,6 +78,7 @@ RULES = {
     "feature_store.distributed": rule(f"{STORED} feature_store", f"{ARRAYS} polars pydantic rich ray"),
     "feature_store.online": rule(STORED, f"{ARRAYS} pydantic lmdb redis"),
     "training": rule("recsys feature_store", TRAINING),
+    "training.power_law": rule("recsys.errors", "numpy"),
     "training.tracking": rule("recsys feature_store training", f"{TRAINING} mlflow pandas"),
     "training.distributed": rule("recsys feature_store training", f"{TRAINING} ray"),
     "training.tune": rule("recsys feature_store training", f"{TRAINING} ray"),

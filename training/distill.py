@@ -36,6 +36,7 @@ from torch import Tensor, nn
 
 from recsys.batch import Batch
 from recsys.config import Config, fingerprint
+from recsys.embeddings import Lookup
 from recsys.errors import ConfigError, DataError, IntegrityError
 from recsys.files import replacing_file, sha256_of, write_json
 from recsys.losses import binary_cross_entropy
@@ -144,6 +145,11 @@ class Distillation(nn.Module):
         self.temperature, self.weight = config.temperature, config.weight
         self.scores_teacher = False
 
+    @property
+    def lookup(self) -> Lookup:
+        """The student's."""
+        return self.student.lookup
+
     def forward(self, batch: Batch) -> Tensor | TrainingOutput:
         """Logits (N, T) in evaluation; in training with the losses of teacher and distillation."""
         if not self.training:
@@ -221,7 +227,9 @@ def scoring_teacher(model: nn.Module) -> Iterator[None]:
             module.scores_teacher = False
 
 
-def build_training_model(experiment: ExperimentConfig, schema: Schema, training_set: TrainingSet) -> nn.Module:
+def build_training_model(
+    experiment: ExperimentConfig, schema: Schema, training_set: TrainingSet
+) -> RankingModel | Distillation:
     """What is trained: the experiment's model, alone or with what teaches it.
 
     A student starts from the weights that it would start from alone.

@@ -14,7 +14,7 @@ from recsys.layers.activations import (
     build_activation,
     masked_moments,
 )
-from recsys.layers.attention import ActivationUnit, SoftmaxTargetAttention, TargetAttention
+from recsys.layers.attention import ActivationUnit, MeanPooling, SoftmaxTargetAttention, TargetAttention
 from recsys.layers.mlp import MLP, JoinedLinear, JoinedMLP
 from recsys.layers.unified_attention import (
     AlignmentPooling,
@@ -38,6 +38,7 @@ __all__ = [
     "JoinedLinear",
     "JoinedMLP",
     "LocalDilatedPattern",
+    "MeanPooling",
     "Moments",
     "NormStyle",
     "PReLU",

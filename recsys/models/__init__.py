@@ -10,6 +10,9 @@ from pydantic import Field
 from recsys.config import Config
 from recsys.models.base import RankingModel, TrainingOutput, split_output
 from recsys.models.din import DINConfig, build_din
+from recsys.models.infnet import INFNetConfig, build_infnet
+from recsys.models.mmoe import MMoEConfig, build_mmoe
+from recsys.models.ple import PLEConfig, build_ple
 from recsys.models.suan import LightSUANConfig, SUANConfig, build_lightsuan, build_suan
 from recsys.schema import Schema
 
@@ -17,11 +20,16 @@ Builder = Callable[[Any, Schema, Mapping[str, int]], RankingModel]
 
 MODELS: dict[type[Config], Builder] = {
     DINConfig: build_din,
+    INFNetConfig: build_infnet,
+    MMoEConfig: build_mmoe,
+    PLEConfig: build_ple,
     SUANConfig: build_suan,
     LightSUANConfig: build_lightsuan,
 }
 
-ModelConfig = Annotated[DINConfig | SUANConfig | LightSUANConfig, Field(discriminator="kind")]
+ModelConfig = Annotated[
+    DINConfig | INFNetConfig | MMoEConfig | PLEConfig | SUANConfig | LightSUANConfig, Field(discriminator="kind")
+]
 
 
 def build_model(config: Config, schema: Schema, table_sizes: Mapping[str, int]) -> RankingModel:

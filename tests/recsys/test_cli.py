@@ -21,7 +21,7 @@ from recsys.cli import AFTER_INTERRUPT, app
 from recsys.errors import DataError
 
 COMMANDS = (
-    *("simulate", "data", "build", "train", "evaluate", "export", "score"),
+    *("simulate", "data", "build", "train", "sweep", "scale", "evaluate", "export", "score"),
     *("materialize", "push", "serve", "demo", "bench"),
 )
 HEAVY = {"torch", "torchrec", "polars", "mlflow", "ray", "numpy", "pyarrow", "pandas", "pydantic", "yaml", "uvicorn"}

@@ -19,6 +19,9 @@ from recsys.config import Config
 from recsys.embedded import Embedded, EmbeddedHistory
 from recsys.models import MODELS, RankingModel, build_model, split_output
 from recsys.models.din import DINConfig
+from recsys.models.infnet import INFNetConfig
+from recsys.models.mmoe import MMoEConfig
+from recsys.models.ple import PLEConfig
 from recsys.models.suan import LightSUANConfig, SUANConfig
 from tests.synthetic import TABLE_SIZES, random_batch, schema
 from training.objective import Objective
@@ -28,7 +31,27 @@ CASES: dict[str, Config] = {
     "din prelu": DINConfig(
         embedding_dim=4, attention_hidden=(6, 5), hidden=(16,), attention_activation="prelu", activation="prelu"
     ),
+    "din mean": DINConfig(embedding_dim=4, pooling="mean", hidden=(16, 8)),
     "din softmax": DINConfig(embedding_dim=4, attention_hidden=(6,), hidden=(16, 8), attention_softmax=True),
+    "infnet": INFNetConfig(embedding_dim=4, gate_hidden=(8,), proxy_hidden=(8,), hidden=(16, 8)),
+    "infnet options": INFNetConfig(
+        embedding_dim=4,
+        num_heads=2,
+        gate_hidden=(8,),
+        gate_residual=True,
+        input_norm=True,
+        position="learned",
+        target_attention=True,
+        heads_read="task_and_shared_tokens",
+        projections="per_source",
+        proxy_hidden=(8,),
+        hidden=(16, 8),
+    ),
+    "mmoe": MMoEConfig(embedding_dim=4, num_experts=3, expert_hidden=(16, 8), tower_hidden=(8,)),
+    "mmoe din": MMoEConfig(
+        embedding_dim=4, history_pooling="din", num_experts=2, expert_hidden=(8,), tower_hidden=(8,), activation="dice"
+    ),
+    "ple": PLEConfig(embedding_dim=4, expert_hidden=(16, 8), tower_hidden=(8,)),
     "suan": SUANConfig(embedding_dim=4, hidden=(16, 8)),
     "suan code": SUANConfig(
         embedding_dim=4,
@@ -42,8 +65,15 @@ CASES: dict[str, Config] = {
     ),
     "lightsuan": LightSUANConfig(embedding_dim=4, hidden=(16, 8), num_layers=1, window=2, dilation=3),
 }
-ORDER_FREE = {"din", "din prelu", "din softmax"}
+ORDER_FREE = {"din", "din mean", "din prelu", "din softmax", "infnet", "mmoe", "mmoe din", "ple"}
 """Models for which a history is a bag."""
+
+_GATE = ("mlp.linears.0", "output")
+
+
+def _weights_and_biases(*layers: str) -> list[str]:
+    return [f"{layer}.{part}" for layer in layers for part in ("weight", "bias")]
+
 
 STATE_DICT_KEYS: dict[str, list[str]] = {
     "din": [
@@ -66,6 +96,36 @@ STATE_DICT_KEYS: dict[str, list[str]] = {
         "mlp.rest.after.0.activation.running_var",
         "output.weight",
         "output.bias",
+    ],
+    "mmoe": [
+        *_weights_and_biases("experts.first", "gates", "towers.{history}.0.linears.0", "towers.{history}.1"),
+        "experts.rest.weights.0",
+        "experts.rest.biases.0",
+    ],
+    "infnet": [
+        *_weights_and_biases(
+            *("tokens.dense.{history}", "tokens.event.{history}"),
+            *("proxies.categorical.mlp.first", "proxies.categorical.output"),
+            *("proxies.sequence.mlp.linears.0", "proxies.sequence.output", "proxies.sequence.norm"),
+            *(f"blocks.0.norm.{stream}" for stream in ("categorical", "sequence", "shared", "task")),
+            *(f"blocks.1.norm.{stream}" for stream in ("shared", "task")),
+            *(f"blocks.0.gate.{kind}.{part}" for kind in ("categorical", "sequence", "task") for part in _GATE),
+            *(f"blocks.1.gate.task.{part}" for part in _GATE),
+            *("heads.{history}.0.linears.0", "heads.{history}.0.linears.1", "heads.{history}.1"),
+        ),
+        *("task_tokens.shared", "task_tokens.task"),
+        *(
+            key
+            for block, streams in ((0, ("categorical", "sequence", "shared", "task")), (1, ("shared", "task")))
+            for stream in streams
+            for source in ("categorical", "sequence", "task")
+            if source not in {"categorical": ("categorical",), "sequence": ("sequence",)}.get(stream, ("task",))
+            for key in (
+                f"blocks.{block}.query.{stream}_to_{source}.weight",
+                f"blocks.{block}.source.{source}_by_{stream}.key",
+                f"blocks.{block}.source.{source}_by_{stream}.value",
+            )
+        ),
     ],
 }
 _UNIFIED_ATTENTION_BLOCK = [
@@ -130,7 +190,16 @@ def build(name: str, *, seed: int = 0) -> RankingModel:
     return model
 
 
-@pytest.fixture(params=list(CASES))
+# One case of each model in every run; its variants where there is more time.
+_KINDS = [type(config) for config in CASES.values()]
+
+
+@pytest.fixture(
+    params=[
+        pytest.param(name, marks=[pytest.mark.slow] if type(config) in _KINDS[:place] else [])
+        for place, (name, config) in enumerate(CASES.items())
+    ]
+)
 def name(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
