@@ -355,7 +355,12 @@ def prepare(
     teacher = TrainedRun.load(config.teacher)
     columns = _columns(teacher, schema)
     predictions = predict(
-        teacher.model, teacher.training_set(), "train", experiment.training.evaluation_batch_size, advance=advance
+        teacher.model,
+        teacher.training_set(),
+        "train",
+        experiment.training.evaluation_batch_size,
+        history_length=teacher.experiment.training.history_length,
+        advance=advance,
     )
     order = np.argsort(predictions.source_row, kind="stable")
     rows = np.zeros(len(order), dtype=[("source_row", np.int64), ("logits", np.float32, (len(columns),))])

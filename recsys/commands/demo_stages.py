@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import polars as pl
-import torch
 
 from feature_store.build import build_training_set
 from feature_store.datasets.simulator import SimulatorConfig, simulate
@@ -26,7 +25,6 @@ from recsys.config import override
 from recsys.errors import ConfigError
 from recsys.files import check_can_write
 from recsys.metrics import Metrics, evaluate_scores
-from recsys.models import RankingModel
 from recsys.schema import Schema
 from recsys.training_set import TrainingSet
 from serving.batch import score_parquet
@@ -40,6 +38,7 @@ from training.export import export_artifact
 from training.report import ScoreRow
 from training.run import RunFolder, TrainedRun
 from training.run_report import write_run_report
+from training.timing import scoring_ms
 from training.tracking import connect, tracked_run
 from training.trainer import train
 
@@ -257,7 +256,7 @@ def _contenders(
         request = Batch.from_training_set(training_set, "test", np.array([np.argmax(np.bincount(predictions.request))]))
         teacher = distilled.load_teacher()
         models = {"first": trained.model, "teacher": teacher, "student": distilled.model}
-        times = _scoring_ms(models, request)
+        times = scoring_ms(models, request)
         config = distilled.experiment.distillation
         assert isinstance(config, OnlineDistillationConfig)
         tell(f"one request of {request.num_rows} candidates")
@@ -270,25 +269,6 @@ def _contenders(
         Contender(name, values, sum(p.numel() for p in models[part].network.parameters()), times[part])
         for part, name, values in rows
     )
-
-
-def _scoring_ms(models: Mapping[str, RankingModel], request: Batch, *, repeats: int = 20) -> dict[str, float]:
-    """Median of each network's time for one request, the models in turn."""
-    times: dict[str, list[float]] = {name: [] for name in models}
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with torch.no_grad():
-            inputs = {name: model.lookup(request) for name, model in models.items()}
-            for repeat in range(repeats + 3):
-                for name, model in models.items():
-                    begin = time.perf_counter()
-                    model.network.single_request(inputs[name])  # type: ignore[operator]
-                    if repeat >= 3:
-                        times[name].append((time.perf_counter() - begin) * 1e3)
-    finally:
-        torch.set_num_threads(threads)
-    return {name: float(np.median(values)) for name, values in times.items()}
 
 
 def _train(experiment: ExperimentConfig, schema: Schema, training_set: TrainingSet, run: RunFolder) -> TrainedRun:
