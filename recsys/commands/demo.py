@@ -44,7 +44,7 @@ def demo(
 
 
 def _show(result: DemoResult) -> None:
-    from recsys.commands.terminal import METRIC_COLUMNS, print_facts, print_table
+    from recsys.commands.terminal import print_facts, print_table
 
     print_table(
         f"One request over HTTP: {result.num_candidates} candidates of user {result.user}, {result.latency_ms:.1f} ms",
@@ -61,10 +61,13 @@ def _show(result: DemoResult) -> None:
     ]
     print_table(
         f"The test period, {result.scorers['model'].num_rows:,} impressions that no stage has learnt from",
-        ("", "AUC", "GAUC", "logloss", "NE", "ECE", "rows", "parameters", "ms a request"),
-        [(name, *(values[c] for c in METRIC_COLUMNS), size, ms) for name, values, size, ms in scorers],
+        ("", "AUC", "GAUC", "logloss", "ECE", "weights", "ms"),
+        [
+            (name, *(values[c] for c in ("auc", "gauc", "logloss", "ece")), size, ms)
+            for name, values, size, ms in scorers
+        ],
     )
-    note = f"The artifact is {result.model_name}'s. Parameters: without tables. Time: the network alone, "
+    note = f"The artifact is {result.model_name}'s. Weights: without tables. Milliseconds: the network alone, "
     print_facts("", {"note": note + f"one thread, a request of {result.num_candidates} candidates."})
     tracked = "not tracked" if result.mlflow is None else f"{result.mlflow[0]}  run {result.mlflow[1]}"
     print_facts(
