@@ -64,8 +64,8 @@ class RMSNorm(nn.Module):
 
     Example:
         >>> import torch
-        >>> RMSNorm(2)(torch.tensor([3.0, 4.0])).round(decimals=3).tolist()
-        [0.8489999771118164, 1.1310000419616699]
+        >>> [round(x, 3) for x in RMSNorm(2)(torch.tensor([3.0, 4.0])).tolist()]
+        [0.849, 1.131]
     """
 
     def __init__(self, width: int, *, eps: float = 1e-6) -> None:
