@@ -8,13 +8,13 @@ import typer
 
 from recsys.commands.options import Json
 
-BENCHMARKS = ("build", "derived", "batches", "train", "score", "online")
+BENCHMARKS = ("build", "derived", "batches", "train", "score", "online", "long_histories")
 
 
 def bench(
     name: Annotated[
-        Literal["build", "derived", "batches", "train", "score", "online", "all"],
-        typer.Argument(metavar="build|derived|batches|train|score|online|all", help="What to measure."),
+        Literal["build", "derived", "batches", "train", "score", "online", "long_histories", "all"],
+        typer.Argument(metavar="build|derived|batches|train|score|online|long_histories|all", help="What to measure."),
     ],
     as_json: Json = False,
 ) -> None:
