@@ -298,8 +298,8 @@ def _files(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def _num_stages(schema: Schema) -> int:
-    """Opening, six of joining, one a feature, users, items, one a history, three splits, checksums."""
-    return 1 + 6 + len(schema.all_features) + 2 + len(schema.histories) + 3 + 1
+    """Opening, six of joining, derived values, one a feature, users, items, one a history, three splits, checksums."""
+    return 1 + 6 + bool(schema.derived) + len(schema.all_features) + 2 + len(schema.histories) + 3 + 1
 
 
 @contextmanager

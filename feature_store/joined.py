@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
 import numpy as np
 import polars as pl
 import pyarrow as pa
 
+from feature_store.derived import compute_derived
 from feature_store.entities import Entities
 from feature_store.event_log import EventLog
 from feature_store.point_in_time import Requests
 from feature_store.sources import feature_use, to_arrow
 from feature_store.time_spans import check_overlap, check_unit, span
 from feature_store.views import Views
+from recsys.derived import AsOf, Derived
 from recsys.errors import SourceError, nearest
 from recsys.schema import Feature, History, Schema
 
@@ -35,6 +37,8 @@ class Joined:
         logs: the event log of each history.
         num_unused_events: events that are in no history.
         time_spans: first and last time of the impressions and of each event type, as ISO 8601 text.
+        derived: of each derived value, one a request or one an impression by its scope: numbers, NaN where missing; of
+            versions, the row of their view, -1 where there is none.
     """
 
     views: Views
@@ -47,6 +51,7 @@ class Joined:
     logs: Mapping[str, EventLog]
     num_unused_events: int
     time_spans: Mapping[str, tuple[str, str]]
+    derived: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     @classmethod
     def join(cls, views: Views, stage: Callable[[str], None]) -> Self:
@@ -58,8 +63,8 @@ class Joined:
 
         Raises:
             QuarantineError: too many rows of a view are broken.
-            SourceError: a history finds none of its event types; or the times of a log cannot be meant
-                (:mod:`feature_store.time_spans`).
+            SourceError: a history finds none of its event types; the times of a log cannot be meant
+                (:mod:`feature_store.time_spans`); or a derived value cannot be computed.
         """
         stage("Checking impressions")
         shown = views.valid_rows("impressions")
@@ -76,7 +81,7 @@ class Joined:
         views.notes += check_unit(requests.time, views.time_column("impressions"))
         stage("Sorting events")
         logs, num_unused, spans = _event_logs(views, happened, users, items, requests)
-        return cls(
+        joined = cls(
             views=views,
             users=users,
             items=items,
@@ -88,6 +93,10 @@ class Joined:
             num_unused_events=num_unused,
             time_spans=spans,
         )
+        if not views.schema.derived:
+            return joined
+        stage("Computing derived values")
+        return replace(joined, derived=compute_derived(joined, happened))
 
     @property
     def schema(self) -> Schema:
@@ -101,6 +110,9 @@ class Joined:
 
     def context_column(self, feature: Feature, requests: slice) -> pa.Array[Any]:
         """Raw values of a context feature, one a request."""
+        derived = self.schema.derived_of(feature)
+        if derived is not None:
+            return self._derived_column(feature, derived, requests)
         if self.views.reads_time(feature):
             times: pa.Array[Any] = pa.array(self.requests.time[requests])
             return times
@@ -108,10 +120,20 @@ class Joined:
 
     def candidate_column(self, feature: Feature, rows: slice) -> pa.Array[Any]:
         """Raw values of a candidate feature, one an impression."""
+        derived = self.schema.derived_of(feature)
+        if derived is not None:
+            return self._derived_column(feature, derived, rows)
         if self.views.reads_time(feature):
             times: pa.Array[Any] = pa.array(self.views.time("impressions")[self.source_row[rows]])
             return times
         return to_arrow(self.views.values(feature).gather(self.source_row[rows]))
+
+    def _derived_column(self, feature: Feature, derived: Derived, rows: slice) -> pa.Array[Any]:
+        found = self.derived[derived.name][rows]
+        if isinstance(derived, AsOf):
+            return to_arrow(self.views.version_values(feature, derived).gather(pl.Series(found).replace(-1, None)))
+        numbers: pa.Array[Any] = pa.array(found, from_pandas=True)
+        return numbers
 
     def event_column(self, feature: Feature, history: str) -> pa.Array[Any]:
         """Raw values of an event feature, one an event of the history's log."""

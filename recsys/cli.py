@@ -29,19 +29,23 @@ from recsys.commands import (
     inspect,
     materialize,
     push,
+    scale,
     score,
     serve,
     simulate,
+    sweep,
     train,
 )
 from recsys.errors import ConfigError, RecsysError
 
 AFTER_INTERRUPT = {
     "train": "Run the same command again: training goes on from the last checkpoint.",
+    "sweep": "Run the same command again: finished runs are kept, and training goes on from the last checkpoint.",
     "build": "Run the same command again: nothing half-built is left behind.",
     "simulate": "Run the same command again: nothing half-written is left behind.",
     "data": "Run the same command again: nothing half-written is left behind.",
     "export": "Run the same command again: nothing half-written is left behind.",
+    "scale": "Run the same command again: finished trials are kept, and interrupted ones go on.",
     "materialize": "Run the same command again: it goes on where it stopped.",
     "score": "Run the same command again: nothing half-written is left behind.",
     "demo": "Run the same command again: stages that are done are kept, and training goes on from its last checkpoint.",
@@ -163,8 +167,10 @@ data.data.command()(check.check)
 app.add_typer(data.data, name="data")
 app.command()(build.build)
 app.command()(train.train)
+app.command()(sweep.sweep)
 app.command()(evaluate.evaluate)
 app.add_typer(analyse.analyse, name="analyse")
+app.command()(scale.scale)
 app.command()(export.export)
 app.command()(score.score)
 app.command()(materialize.materialize)

@@ -81,6 +81,7 @@ class Lookup(nn.Module):
         embedding_dim: D, of every table of the main space.
         spaces: further tables; one that several uses share in the main space is shared in these too.
         init_bound: largest initial magnitude.
+        init_std: initial values are normal with this deviation instead, where it is given.
     """
 
     def __init__(
@@ -91,12 +92,14 @@ class Lookup(nn.Module):
         *,
         spaces: Sequence[Space] = (),
         init_bound: float = 0.01,
+        init_std: float | None = None,
     ) -> None:
         super().__init__()
         self.schema = schema
         self.embedding_dim = embedding_dim
         self.spaces = tuple(spaces)
         self.init_bound = init_bound
+        self.init_std = init_std
         uses = uses_of_tables(schema)
         size = {table: table_sizes[table] for table in uses}
         dim = dict.fromkeys(uses, embedding_dim)
@@ -138,10 +141,17 @@ class Lookup(nn.Module):
             )
         self.groups = nn.ModuleList(groups)
 
+    @property
+    def uses(self) -> Mapping[str, Sequence[Use]]:
+        """What is looked up in each table."""
+        return self._uses
+
     def _has_sets(self, uses: list[Use]) -> bool:
         return any(isinstance(self.schema.feature(u.feature), MultiCategorical) for u in uses)
 
     def _initialise(self, weight: Tensor) -> Tensor:
+        if self.init_std is not None:
+            return nn.init.normal_(weight, std=self.init_std)
         bound = min(weight.shape[0] ** -0.5, self.init_bound)
         return nn.init.uniform_(weight, -bound, bound)
 

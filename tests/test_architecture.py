@@ -35,9 +35,9 @@ def rule(first: str = "", third: str = "", *, own: bool = True) -> Rule:
 
 
 CONFIG = "recsys.errors recsys.config"
-SCHEMA = f"{CONFIG} recsys.schema"
+SCHEMA = f"{CONFIG} recsys.derived recsys.schema"
 ENCODING = f"{SCHEMA} recsys.encoding recsys.files"
-STORED = f"{ENCODING} recsys.training_set"
+STORED = f"{ENCODING} recsys.training_set recsys.windows"
 BATCHES = f"{STORED} recsys.batch recsys.embedded"
 SCORED = f"{BATCHES} recsys.artifact recsys.manifest recsys.predictor recsys.ops feature_store.online"
 ARRAYS = "numpy pyarrow"
@@ -49,7 +49,10 @@ RULES = {
     "recsys.errors": rule(),
     "recsys.config": rule("recsys.errors", "pydantic yaml"),
     "recsys.files": rule("recsys.errors"),
-    "recsys.schema": rule(CONFIG, "pydantic yaml"),
+    "recsys.derived": rule(CONFIG, "pydantic"),
+    "recsys.schema": rule(f"{CONFIG} recsys.derived", "pydantic yaml"),
+    # Numbers only: training and serving compute derived values through it.
+    "recsys.windows": rule("recsys.derived", "numpy"),
     "recsys.encoding": rule(f"{SCHEMA} recsys.files", f"{ARRAYS} pydantic"),
     "recsys.training_set": rule(ENCODING, ARRAYS),
     "recsys.ops": rule("recsys.errors", "torch fbgemm_gpu triton"),
@@ -59,12 +62,12 @@ RULES = {
     "recsys.batch": rule(STORED, f"{ARRAYS} torch"),
     "recsys.embedded": rule(f"{SCHEMA} recsys.batch", "torch"),
     "recsys.embeddings": rule(f"{SCHEMA} recsys.batch recsys.embedded recsys.ops", "torch torchrec fbgemm_gpu"),
-    # A model file knows the base class and never another model; only the registry sees them all.
+    # A model file knows the base class and what fields are, and never another model; only the registry sees them all.
     "recsys.models": rule(f"{SCHEMA} recsys.embeddings", "torch pydantic"),
     "recsys.models.*": rule(
         # Losses: those that a network brings along, its training_forward; the loss of its logits is not its business.
         f"{SCHEMA} recsys.batch recsys.embedded recsys.embeddings recsys.layers recsys.losses recsys.ops "
-        "recsys.models.base",
+        "recsys.models.base recsys.models.fields recsys.models.pooled",
         "torch pydantic",
     ),
     "recsys.manifest": rule("recsys.errors"),
@@ -80,6 +83,7 @@ RULES = {
     "feature_store.distributed": rule(f"{STORED} feature_store", f"{ARRAYS} polars pydantic rich ray"),
     "feature_store.online": rule(STORED, f"{ARRAYS} pydantic lmdb redis"),
     "training": rule("recsys feature_store", TRAINING),
+    "training.power_law": rule("recsys.errors", "numpy"),
     "training.tracking": rule("recsys feature_store training", f"{TRAINING} mlflow pandas"),
     "training.distributed": rule("recsys feature_store training", f"{TRAINING} ray"),
     "training.tune": rule("recsys feature_store training", f"{TRAINING} ray"),

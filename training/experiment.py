@@ -4,17 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from feature_store.build import DataConfig
 from recsys.config import Config, apply_overrides, fingerprint, load_yaml, validate
+from recsys.derived import Name
 from recsys.errors import ConfigError, nearest
 from recsys.models import ModelConfig
-from recsys.schema import Name, Schema
+from recsys.schema import Schema
+from training.balancing import BalancingConfig, NoBalancing
 from training.data import ShuffleConfig
+from training.distill import DistillationConfig, OfflineDistillationConfig
 from training.optim import AdagradConfig, DenseAdamConfig, DenseOptimizerConfig, EmbeddingOptimizerConfig
+from training.schedule import ConstantSchedule, ScheduleConfig
 from training.tracking import TrackingConfig
 
 MetricName = Literal["auc", "gauc", "logloss", "ne", "ece"]
@@ -45,17 +49,43 @@ class TrainingConfig(Config):
     embedding_optimizer: EmbeddingOptimizerConfig = AdagradConfig()
     dense_optimizer: DenseOptimizerConfig = DenseAdamConfig()
     gradient_clip_norm: float | None = Field(
-        None, gt=0, description="bound on the norm of the dense gradient; tables are updated before a norm is known"
+        None,
+        gt=0,
+        description="bound on the norm of the whole gradient; without the tables where their optimizer is fused",
     )
+    embedding_l2: float = Field(
+        0.0, ge=0, description="lambda of lambda / 2 times the sum of squares of all rows of all tables; for adam"
+    )
+    dense_l2: float = Field(0.0, ge=0, description="the same of the network's parameters but its biases")
+    mini_batch_aware_l2: float = Field(
+        0.0, ge=0, description="lambda of DIN's regularisation of the rows of a batch; paper: 0.01"
+    )
+    lr_schedule: ScheduleConfig = ConstantSchedule()
     task_weights: dict[Name, float] = Field(default_factory=dict, description="weight in the loss; 1 if not given")
+    task_balancing: BalancingConfig = NoBalancing()
     shuffle: ShuffleConfig = ShuffleConfig()
     selection: SelectionConfig = SelectionConfig()
+    data_fraction: float = Field(1.0, gt=0, le=1, description="share of the training requests to learn from, by seed")
+    history_length: int | None = Field(
+        None,
+        ge=1,
+        description="newest events read in place of a history's max_length, in studies; not for export",
+    )
     evaluation_batch_size: int = Field(2048, ge=1, description="rows")
     device: Literal["auto", "cpu", "cuda"] = "auto"
     num_threads: int | None = Field(None, ge=1, description="of torch, a process; its own choice if not given")
     prefetch_batches: int = Field(4, ge=0, description="built ahead in the background")
     checkpoint_every_s: float = Field(300.0, gt=0, description="seconds, besides one an epoch")
     log_every_steps: int = Field(100, ge=1, description="steps between two lines of training loss")
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if self.embedding_l2 and self.embedding_optimizer.kind != "adam":
+            raise ValueError(
+                f"embedding_l2 must be 0 with embedding_optimizer.kind {self.embedding_optimizer.kind!r}, which never "
+                f"sees the rows outside a batch, got {self.embedding_l2}; take kind 'adam', or mini_batch_aware_l2"
+            )
+        return self
 
 
 _DECIDES_NOTHING = frozenset(
@@ -87,23 +117,45 @@ class ExperimentConfig(Config):
     data: DataConfig
     model: ModelConfig
     training: TrainingConfig = TrainingConfig()
+    distillation: DistillationConfig | None = Field(None, description="what teaches the model; only the model is kept")
     tracking: TrackingConfig = TrackingConfig()
+
+    @model_validator(mode="after")
+    def _check_distillation(self) -> ExperimentConfig:
+        if self.distillation is None:
+            return self
+        if self.training.task_balancing != NoBalancing():
+            raise ValueError(
+                "training.task_balancing must be of kind 'none' where distillation is given: it weighs labels"
+            )
+        if self.training.mini_batch_aware_l2 and self.distillation.mode == "online":
+            raise ValueError(
+                "training.mini_batch_aware_l2 must be 0 where distillation.mode is 'online', "
+                f"got {self.training.mini_batch_aware_l2}: it knows the tables of one model"
+            )
+        return self
 
     def run_fingerprint(self, schema: Schema, training_set: str) -> str:
         """sha256 of everything that decides what a run results in.
 
         Args:
             training_set: its fingerprint.
+
+        Raises:
+            ConfigError: the model is taught by a run that has not finished.
         """
         training = self.training.model_dump(mode="json", exclude=set(_DECIDES_NOTHING))
-        return fingerprint(
-            {
-                "schema": schema.model_dump(mode="json"),
-                "training_set": training_set,
-                "model": self.model.model_dump(mode="json"),
-                "training": training,
-            }
-        )
+        deciding: dict[str, Any] = {
+            "schema": schema.model_dump(mode="json"),
+            "training_set": training_set,
+            "model": self.model.model_dump(mode="json"),
+            "training": training,
+        }
+        if isinstance(self.distillation, OfflineDistillationConfig):
+            deciding["distillation"] = self.distillation.resolved()
+        elif self.distillation is not None:
+            deciding["distillation"] = self.distillation.model_dump(mode="json")
+        return fingerprint(deciding)
 
     def selection_task(self, schema: Schema) -> str:
         """Name of the task whose validation metric chooses the checkpoint."""

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from recsys.losses import binary_cross_entropy
 from recsys.models import TrainingOutput, split_output
 from recsys.schema import Schema
+from training.balancing import GradNorm, Uncertainty
 
 
 class Objective(nn.Module):
@@ -26,12 +27,19 @@ class Objective(nn.Module):
     Args:
         schema: gives the tasks, one logit column each.
         task_weights: weight by task; 1 where not given.
+        balance: adds up the weighted losses of the tasks; a plain sum if not given.
     """
 
     weights: Tensor
 
-    def __init__(self, schema: Schema, task_weights: Mapping[str, float]) -> None:
+    def __init__(
+        self,
+        schema: Schema,
+        task_weights: Mapping[str, float],
+        balance: Uncertainty | GradNorm | None = None,
+    ) -> None:
         super().__init__()
+        self.balance = balance
         weights = [task_weights.get(task.name, 1.0) for task in schema.tasks]
         self.register_buffer("weights", torch.tensor(weights, dtype=torch.float32), persistent=False)
 
@@ -44,7 +52,11 @@ class Objective(nn.Module):
             num_rows: rows of the global batch.
         """
         logits, losses = split_output(output)
-        total = (binary_cross_entropy(logits, labels).total * self.weights).sum()
-        for loss in losses.values():
-            total = total + (loss if loss.dim() == 0 else (loss * self.weights).sum())
+        sums = binary_cross_entropy(logits, labels)
+        of_tasks = sum((loss for loss in losses.values() if loss.dim() == 1), sums.total) * self.weights
+        if self.balance is None:
+            total = of_tasks.sum()
+        else:
+            total = self.balance(of_tasks, sums.num_labelled * self.weights)
+        total = sum((loss for loss in losses.values() if loss.dim() == 0), total)
         return total / num_rows

@@ -26,22 +26,35 @@ from typing import Any, NoReturn, Self
 
 import torch
 from torch import Tensor
+from torchrec.optim.keyed import KeyedOptimizer
 
 from recsys.errors import CheckpointError, ConfigError, DataError, IntegrityError, TrainingError
 from recsys.files import append_line, write_json
 from recsys.metrics import Metrics
-from recsys.models import build_model
 from recsys.schema import Schema
 from recsys.training_set import TrainingSet
+from training import schedule
+from training.balancing import build_balance
 from training.checkpoint import CheckpointStore, checkpoint_name
 from training.console import TrainingDisplay, quiet_libraries
 from training.data import BatchLoader, LoadedBatch
+from training.distill import (
+    OfflineDistillationConfig,
+    OnlineDistillationConfig,
+    build_training_model,
+    prepare,
+    scoring_teacher,
+)
 from training.evaluate import Predictions, evaluate, plain, predict
 from training.experiment import ExperimentConfig, check_tasks
 from training.memory import keep_freed_memory
 from training.objective import Objective
+from training.optim import clip_gradients, dense_optimizer, rows_of_tables
+from training.regularisation import MiniBatchAwareDecay, add_l2, count_impressions, without_biases
+from training.report import ScoreRow
 from training.run import RunFolder, flatten
 from training.run_report import write_run_report
+from training.schedule import LearningRates
 from training.strategy import SingleProcess, Strategy
 from training.tracking import Tracker
 
@@ -67,6 +80,7 @@ class Progress:
         is_done: training has ended; what is left is the test split.
         train_s: seconds in training steps, over all attempts.
         metrics_bytes: length of the metrics file.
+        plateau, stalled_epochs: state of a learning-rate schedule that waits for a better epoch.
     """
 
     epoch: int = 0
@@ -84,6 +98,8 @@ class Progress:
     train_s: float = 0.0
     total_rows: int = 0
     metrics_bytes: int = 0
+    plateau: float = 1.0
+    stalled_epochs: int = 0
 
 
 @dataclass(frozen=True)
@@ -101,6 +117,8 @@ class TrainResult:
         selected_by: the validation metric, ``task.metric``.
         validation: metrics by task of the best epoch; None where undefined.
         test: metrics by task with the best checkpoint; None if the split is empty.
+        teacher: metrics by split and task of the teacher that was trained along, with the same checkpoint; None where
+            there is none.
         train_rows_per_s: over training steps, without evaluation.
         train_s: seconds in training steps.
         was_finished: the run had finished before this call.
@@ -118,6 +136,7 @@ class TrainResult:
     test: dict[str, dict[str, Any]] | None
     train_rows_per_s: float
     train_s: float
+    teacher: dict[str, dict[str, dict[str, Any]]] | None = None
     was_finished: bool = False
 
     @classmethod
@@ -159,7 +178,7 @@ def train(
         The result; at once if the folder holds this very run, finished.
 
     Raises:
-        ConfigError: the folder holds another run, or another process trains into it.
+        ConfigError: the folder holds another run, another process trains into it, or a setting is for one worker only.
         IntegrityError: the training set is absent, damaged, or of another schema.
         CheckpointError: the checkpoint to resume from is damaged, or a new one cannot be written.
         DataError: a split is empty, or the validation split has one class only.
@@ -167,6 +186,12 @@ def train(
     """
     if workers < 1:
         raise ConfigError(f"workers must be at least 1, got {workers}")
+    if workers > 1 and experiment.training.task_balancing.kind == "gradnorm":
+        # Gradients taken one task at a time leave DistributedDataParallel's own reduction wrong.
+        raise ConfigError(
+            f"training.task_balancing.kind must be 'none' or 'uncertainty' with {workers} workers, got 'gradnorm'",
+            hint="train with one worker",
+        )
     check_tasks(experiment, schema, source="experiment")
     folder = RunFolder(Path(run_dir))
     training_set = open_training_set(experiment, schema)
@@ -177,6 +202,7 @@ def train(
         if summary is not None:
             display.say(f"{folder.path} holds this run, finished {summary['finished_at']}: nothing to train")
             return TrainResult.from_summary(folder.path, summary)
+        _prepare_teacher(experiment, schema, training_set, display)
         if workers > 1:
             from training.distributed import train_workers
 
@@ -201,6 +227,16 @@ def open_training_set(experiment: ExperimentConfig, schema: Schema) -> TrainingS
             hint="build it again, or bring back the schema",
         )
     return training_set
+
+
+def _prepare_teacher(
+    experiment: ExperimentConfig, schema: Schema, training_set: TrainingSet, display: TrainingDisplay
+) -> None:
+    if not isinstance(experiment.distillation, OfflineDistillationConfig):
+        return
+    with _threads(experiment.training.num_threads):
+        display.start("scoring with the teacher", training_set.split("train").num_rows)
+        prepare(experiment, schema, training_set, say=display.say, advance=display.advance)
 
 
 def train_rank(
@@ -266,14 +302,37 @@ class Trainer:
         self._store = CheckpointStore(
             folder.checkpoints, rank=strategy.rank, world=strategy.world, barrier=strategy.barrier
         )
-        model = build_model(experiment.model, schema, training_set.encoder.table_sizes)
-        self._model, self._optimizer, self._dense = strategy.prepare(
+        model = build_training_model(experiment, schema, training_set)
+        self._has_teacher = isinstance(experiment.distillation, OnlineDistillationConfig)
+        uses, table_rows = model.lookup.uses, {name: len(weight) for name, (weight, _) in rows_of_tables(model).items()}
+        self._model, self._optimizer, self._dense, self._tables, rows = strategy.prepare(
             model, self._config.embedding_optimizer, self._config.dense_optimizer
         )
-        self._objective = Objective(schema, self._config.task_weights).to(strategy.device)
+        balance = build_balance(self._config.task_balancing, len(schema.tasks), self._dense)
+        self._objective = Objective(schema, self._config.task_weights, balance).to(strategy.device)
+        self._balancing = self._balance_optimizer()
+        groups = [*self._optimizer.param_groups, *(self._balancing.param_groups if self._balancing else ())]
+        self._rates = LearningRates(groups)
+        self._decay: MiniBatchAwareDecay | None = None
+        if self._config.mini_batch_aware_l2:
+            display.say("counting the impressions of every id")
+            self._decay = MiniBatchAwareDecay(
+                uses,
+                rows,
+                count_impressions(training_set, uses, table_rows),
+                self._config.mini_batch_aware_l2,
+                strategy.all_gather,
+            )
         self._progress = Progress()
         self._unseen: list[tuple[Tensor, int]] = []  # losses still on the device, rows of their global batches
         self._saved_at = self._clock = time.monotonic()
+
+    def _balance_optimizer(self) -> KeyedOptimizer | None:
+        """Of what a balance of tasks learns by gradients, if anything. The model's wrapper does not know of it."""
+        parameters = dict(self._objective.named_parameters())
+        if not parameters:
+            return None
+        return dense_optimizer(self._config.dense_optimizer.model_copy(update={"weight_decay": 0.0}), parameters)
 
     def run(self) -> None:
         """Trains to the end and writes the result."""
@@ -304,6 +363,8 @@ class Trainer:
             rank=self._strategy.rank,
             world=self._strategy.world,
             prefetch=config.prefetch_batches,
+            fraction=config.data_fraction,
+            history_length=config.history_length,
         )
         self._display.start(f"epoch {progress.epoch + 1} of {config.epochs}", loader.num_rows, progress.epoch_rows)
         self._model.train()
@@ -319,17 +380,44 @@ class Trainer:
     def _step(self, loaded: LoadedBatch) -> None:
         batch = loaded.batch.to(self._strategy.device)
         assert batch.labels is not None
+        factor = self._factor()
+        self._rates.set(factor)
         self._optimizer.zero_grad()
         loss = self._objective(self._model(batch), batch.labels, loaded.num_rows)
-        (loss * self._strategy.loss_scale).backward()  # updates the embedding tables
+        if self._decay is not None:
+            self._decay.apply(batch, self._config.embedding_optimizer.lr * factor)
+        (loss * self._strategy.loss_scale).backward()  # updates the tables whose optimizer is fused
+        if self._config.embedding_l2:
+            add_l2(self._tables.values(), self._config.embedding_l2)
+        if self._config.dense_l2:
+            add_l2(without_biases(self._dense), self._config.dense_l2)
         if self._config.gradient_clip_norm is not None:
-            torch.nn.utils.clip_grad_norm_(self._dense, self._config.gradient_clip_norm)
+            clip_gradients((*self._dense.values(), *self._tables.values()), self._config.gradient_clip_norm)
         self._optimizer.step()
+        if self._balancing is not None:
+            for parameter in self._objective.parameters():
+                assert parameter.grad is not None
+                parameter.grad = self._strategy.all_sum(parameter.grad) / self._strategy.loss_scale
+            self._balancing.step()
+            self._balancing.zero_grad()
         self._unseen.append((loss.detach(), loaded.num_rows))
         progress = self._progress
         progress.batch += 1
         progress.step += 1
         self._display.advance(loaded.num_rows)
+
+    def _factor(self) -> float:
+        """What the learning rates of the next step are multiplied by."""
+        config = self._config
+        total_steps = max(config.epochs * self._training_set.split("train").num_rows // config.batch_size, 1)
+        return schedule.factor(
+            config.lr_schedule, self._progress.step, total_steps=total_steps, plateau=self._progress.plateau
+        )
+
+    def _learning_rates(self) -> dict[str, float]:
+        """Of the next step."""
+        config, factor = self._config, self._factor()
+        return {"tables": config.embedding_optimizer.lr * factor, "network": config.dense_optimizer.lr * factor}
 
     def _look(self, stop: _StopSignals) -> None:
         """Checks the losses; saves a checkpoint if it is time or if the process is told to stop."""
@@ -392,9 +480,11 @@ class Trainer:
     def _log_window(self) -> None:
         progress = self._progress
         loss = progress.window_loss / progress.window_rows
-        self._write_metrics({"kind": "step", "step": progress.step, "epoch": progress.epoch + 1, "train_loss": loss})
+        rates = self._learning_rates()
+        line = {"kind": "step", "step": progress.step, "epoch": progress.epoch + 1, "train_loss": loss, "lr": rates}
+        self._write_metrics(line)
         if self._tracker is not None:
-            self._tracker.log_metrics({"train.loss": loss}, progress.step)
+            self._tracker.log_metrics({"train.loss": loss} | flatten({"train.lr": rates}), progress.step)
         progress.window_rows, progress.window_loss = 0, 0.0
 
     # Epochs
@@ -418,17 +508,29 @@ class Trainer:
             progress.best_value, progress.worse_epochs = value, 0
         else:
             progress.worse_epochs += 1
+        progress.plateau, progress.stalled_epochs = schedule.after_epoch(
+            self._config.lr_schedule,
+            is_best=is_best,
+            plateau=progress.plateau,
+            stalled_epochs=progress.stalled_epochs,
+        )
         is_patient = selection.patience is None or progress.worse_epochs < selection.patience
         progress.is_done = progress.epoch >= self._config.epochs or not is_patient
         progress.batch, progress.epoch_rows, progress.epoch_loss = 0, 0, 0.0
-        line = {
+        line: dict[str, Any] = {
             "kind": "epoch",
             "step": progress.step,
             "epoch": progress.epoch,
             "train_loss": train_loss,
             "validation": plain(metrics),
             "is_best": is_best,
+            "lr": self._learning_rates(),
         }
+        if self._objective.balance is not None:
+            names = [task.name for task in self._schema.tasks]
+            line["task_balance"] = dict(zip(names, self._objective.balance.current.tolist(), strict=True))
+        if self._has_teacher:
+            line["teacher_validation"] = plain(self._teacher_metrics("validation"))
         self._write_metrics(line)
         self._save()
         self._tell(train_loss, metrics, is_best=is_best)
@@ -444,6 +546,10 @@ class Trainer:
             f"gauc {m.gauc:.4f} logloss {m.logloss:.4f}" + (" (best)" if is_best else "")
         )
 
+    def _teacher_metrics(self, split: str) -> dict[str, Metrics]:
+        with scoring_teacher(self._model):
+            return evaluate(self._predict(split))
+
     def _predict(self, split: str) -> Predictions:
         self._display.start(f"scoring {split}", self._training_set.split(split).num_rows)
         return predict(
@@ -451,6 +557,7 @@ class Trainer:
             self._training_set,
             split,
             self._config.evaluation_batch_size,
+            history_length=self._config.history_length,
             strategy=self._strategy,
             advance=self._display.advance,
         )
@@ -464,6 +571,7 @@ class Trainer:
         split = "test" if self._training_set.split("test").num_rows else "validation"
         predictions = self._predict(split)
         metrics = evaluate(predictions)
+        teacher = self._teacher_metrics(split) if self._has_teacher else None
         if self._strategy.rank != 0:
             return
         lines = self._folder.lines()
@@ -479,10 +587,19 @@ class Trainer:
             selected_by=f"{self._task}.{self._config.selection.metric}",
             validation=best["validation"],
             test=plain(metrics) if split == "test" else None,
+            teacher={"validation": best["teacher_validation"], split: plain(teacher)} if teacher else None,
             train_rows_per_s=progress.total_rows / progress.train_s if progress.train_s else 0.0,
             train_s=progress.train_s,
         )
-        write_run_report(self._folder, self._experiment, self._training_set, predictions, split, result.summary())
+        write_run_report(
+            self._folder,
+            self._experiment,
+            self._training_set,
+            predictions,
+            split,
+            result.summary(),
+            others={task: [ScoreRow("teacher", "teacher", m)] for task, m in (teacher or {}).items()},
+        )
         if self._tracker is not None:
             values = _flat_metrics("test", result.test or {})
             self._tracker.log_metrics(values | {"train.rows_per_s": result.train_rows_per_s}, progress.step)
@@ -495,7 +612,12 @@ class Trainer:
         random = {f"cpu-{self._strategy.rank}": torch.get_rng_state()}
         if self._strategy.device.type == "cuda":
             random[f"cuda-{self._strategy.rank}"] = torch.cuda.get_rng_state(self._strategy.device)
-        return {"model": self._model.state_dict(), "optimizer": self._optimizer.state_dict(), "random": random}
+        state = {"model": self._model.state_dict(), "optimizer": self._optimizer.state_dict(), "random": random}
+        if self._objective.balance is not None:
+            state["objective"] = self._objective.state_dict()
+        if self._balancing is not None:
+            state["balancing"] = self._balancing.state_dict()
+        return state
 
     def _save(self) -> None:
         self._progress.metrics_bytes = self._folder.metrics.stat().st_size if self._folder.metrics.exists() else 0
@@ -515,6 +637,10 @@ class Trainer:
         self._store.load(latest, state)
         self._model.load_state_dict(state["model"])
         self._optimizer.load_state_dict(state["optimizer"])
+        if self._objective.balance is not None:
+            self._objective.load_state_dict(state["objective"])
+        if self._balancing is not None:
+            self._balancing.load_state_dict(state["balancing"])
         if same_world:
             torch.set_rng_state(state["random"][f"cpu-{self._strategy.rank}"])
             if self._strategy.device.type == "cuda":

@@ -8,13 +8,15 @@ import typer
 
 from recsys.commands.options import Json
 
-BENCHMARKS = ("build", "batches", "train", "score", "online", "search")
+BENCHMARKS = ("build", "derived", "batches", "train", "score", "online", "long_histories", "search")
 
 
 def bench(
     name: Annotated[
-        Literal["build", "batches", "train", "score", "online", "search", "all"],
-        typer.Argument(metavar="build|batches|train|score|online|search|all", help="What to measure."),
+        Literal["build", "derived", "batches", "train", "score", "online", "long_histories", "search", "all"],
+        typer.Argument(
+            metavar="build|derived|batches|train|score|online|long_histories|search|all", help="What to measure."
+        ),
     ],
     as_json: Json = False,
 ) -> None:

@@ -14,27 +14,72 @@ from recsys.layers.activations import (
     build_activation,
     masked_moments,
 )
-from recsys.layers.attention import ActivationUnit, SoftmaxTargetAttention, TargetAttention
-from recsys.layers.experts import Experts
+from recsys.layers.attention import ActivationUnit, MeanPooling, SoftmaxTargetAttention, TargetAttention
+from recsys.layers.dropout import Dropout
+from recsys.layers.expert_towers import ExpertTowers
+from recsys.layers.interactions import (
+    BilinearFusion,
+    CrossNetwork,
+    Distinct,
+    FeatureGate,
+    PairwiseInteraction,
+    RequestGatedMLP,
+    RowGatedMLP,
+    StaticGatedMLP,
+)
 from recsys.layers.mlp import MLP, JoinedLinear, JoinedMLP
 from recsys.layers.normalisation import RowBatchNorm
+from recsys.layers.rows import FlatRows, ManyRequests, OneRequest, Rows, rows_of
+from recsys.layers.unified_attention import (
+    AlignmentPooling,
+    CausalPattern,
+    LocalDilatedPattern,
+    NormStyle,
+    RMSNorm,
+    SwiGLU,
+    UnifiedAttentionEncoder,
+    variance_scaling_,
+)
 
 __all__ = [
     "ACTIVATIONS",
     "MLP",
     "ActivationName",
     "ActivationUnit",
+    "AlignmentPooling",
+    "BilinearFusion",
+    "CausalPattern",
+    "CrossNetwork",
     "Dice",
-    "Experts",
+    "Distinct",
+    "Dropout",
+    "ExpertTowers",
+    "FeatureGate",
+    "FlatRows",
     "JoinedLinear",
     "JoinedMLP",
+    "LocalDilatedPattern",
+    "ManyRequests",
+    "MeanPooling",
     "Moments",
+    "NormStyle",
+    "OneRequest",
     "PReLU",
+    "PairwiseInteraction",
+    "RMSNorm",
     "ReLU",
+    "RequestGatedMLP",
     "RowBatchNorm",
+    "RowGatedMLP",
+    "Rows",
     "Sigmoid",
     "SoftmaxTargetAttention",
+    "StaticGatedMLP",
+    "SwiGLU",
     "TargetAttention",
+    "UnifiedAttentionEncoder",
     "build_activation",
     "masked_moments",
+    "rows_of",
+    "variance_scaling_",
 ]

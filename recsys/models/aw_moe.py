@@ -32,7 +32,7 @@ from recsys.config import Config, InconsistentError
 from recsys.embedded import Embedded, EmbeddedHistory, widths
 from recsys.embeddings import Lookup
 from recsys.errors import SchemaError
-from recsys.layers import MLP, Experts, JoinedMLP, TargetAttention
+from recsys.layers import MLP, ExpertTowers, JoinedMLP, TargetAttention
 from recsys.losses import Similarity, contrastive_loss
 from recsys.models.base import RankingModel, TrainingOutput
 from recsys.schema import History, Schema
@@ -315,7 +315,7 @@ class AWMoE(nn.Module):
         self.query = MLP(sizes[0], hidden, activation="relu") if self._query else None
         self.other = JoinedMLP(sizes[1], sizes[2], hidden, activation="relu") if sizes[1] + sizes[2] else None
         groups = 2 * len(schema.histories) + (self.query is not None) + (self.other is not None)
-        self.experts = Experts(
+        self.experts = ExpertTowers(
             groups * size,
             config.num_experts,
             hidden=config.expert_hidden,
@@ -340,7 +340,7 @@ class AWMoE(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
-            elif isinstance(module, Experts):
+            elif isinstance(module, ExpertTowers):
                 module.reset_parameters()
             elif isinstance(module, Behaviours) and module.absent is not None:
                 nn.init.normal_(module.absent, std=0.01)

@@ -150,6 +150,62 @@ def test_evaluate_shows_a_table(place: Path, trained: dict[str, Any]) -> None:
         assert [task, *row, str(metrics["num_rows"])] in shown
 
 
+def test_evaluate_compares_with_popularity_and_with_another_run(place: Path, trained: dict[str, Any]) -> None:
+    run = place / "runs" / "tiny"
+    found = answer("evaluate", run, "--base", "popularity")
+    for task, metrics in found["tasks"].items():
+        for name in ("auc", "gauc"):
+            ours, base = metrics[name], found["base_tasks"][task][name]
+            expected = ((ours - 0.5) / (base - 0.5) - 1) * 100
+            assert found["rela_impr"][task][name] == pytest.approx(expected)
+        assert found["base_tasks"][task]["num_rows"] == metrics["num_rows"]
+    itself = answer("evaluate", run, "--base", run)
+    assert itself["rela_impr"]["click"] == {"auc": 0.0, "gauc": 0.0}
+    shown = invoke("evaluate", run, "--base", "popularity").stdout
+    assert "RelaImpr over popularity" in shown
+    assert str(found["tasks"]["click"]["gauc_users"]) in shown
+
+
+def test_sweep_writes_a_table_and_trains_nothing_twice(place: Path, trained: dict[str, Any]) -> None:
+    other = yaml.safe_load((place / "tiny.yaml").read_text(encoding="utf-8")) | {"name": "mean"}
+    other["model"] = other["model"] | {"pooling": "mean"}
+    (place / "mean.yaml").write_text(yaml.safe_dump(other), encoding="utf-8")
+    arguments = ("sweep", place / "tiny.yaml", place / "mean.yaml", "--folder", place / "sweep", "--seeds", "1,2")
+    quick = ("--set", "training.epochs=1", "--set", "tracking.enabled=false")
+    found = answer(*arguments, *quick, "--base", "mean")
+    assert set(found["arms"]) == {"tiny", "mean"}
+    for name, arm in found["arms"].items():
+        values = [run["test"]["click"]["auc"] for run in arm["seeds"].values()]
+        assert len(set(values)) == 2, "seeds must differ"
+        assert arm["test"]["click"]["auc"]["mean"] == pytest.approx(sum(values) / 2)
+        assert arm["test"]["click"]["auc"]["sd"] == pytest.approx(abs(values[0] - values[1]) / 2**0.5)
+        summary = json.loads((place / "sweep" / name / "seed-2" / "summary.json").read_text(encoding="utf-8"))
+        assert summary["test"]["click"]["auc"] == arm["seeds"]["2"]["test"]["click"]["auc"]
+    ours, base = (found["arms"][name]["test"]["click"]["auc"]["mean"] for name in ("tiny", "mean"))
+    expected = ((ours - 0.5) / (base - 0.5) - 1) * 100
+    assert found["arms"]["tiny"]["rela_impr"]["click"]["auc"] == pytest.approx(expected)
+    table = (place / "sweep" / "sweep.md").read_text(encoding="utf-8")
+    assert f"{ours:.4f} ± " in table
+    checkpoints = sorted((place / "sweep").rglob("checkpoints/*"))
+    times = {path: path.stat().st_mtime_ns for path in checkpoints}
+    assert answer(*arguments, *quick, "--base", "mean") == found
+    assert {path: path.stat().st_mtime_ns for path in sorted((place / "sweep").rglob("checkpoints/*"))} == times
+
+
+def test_sweep_refuses_what_cannot_stand_in_one_table(place: Path, trained: dict[str, Any]) -> None:
+    folder = ("--folder", place / "refused")
+    twice = invoke("sweep", place / "tiny.yaml", place / "tiny.yaml", *folder)
+    assert twice.exit_code == 2
+    assert "experiments must be at least one and all different" in twice.stderr
+    seeds = invoke("sweep", place / "tiny.yaml", *folder, "--seeds", "1,one")
+    assert seeds.exit_code == 2
+    assert "--seeds must be whole numbers" in seeds.stderr
+    base = invoke("sweep", place / "tiny.yaml", *folder, "--base", "tony")
+    assert base.exit_code == 2
+    assert "base must be one of the experiments" in base.stderr
+    assert not (place / "refused").exists()
+
+
 def test_evaluate_of_no_run_says_so(tmp_path: Path) -> None:
     done = invoke("evaluate", tmp_path)
     assert done.exit_code == 2
@@ -317,7 +373,14 @@ def test_demo_runs_all_stages_and_again_from_what_is_there(tmp_path: Path) -> No
 
     again = invoke(*arguments)
     assert again.exit_code == 0
-    assert again.stderr.count("there already") == 3
+    assert again.stderr.count("there already") == 4
+    assert "LIGHTSUAN, taught by SUAN" in again.stdout
+    names = [m["name"] for m in first["models"]]
+    assert names == ["DIN", "SUAN (the teacher)", "LIGHTSUAN, taught by SUAN"]
+    assert first["models"][0]["metrics"]["auc"] == scorers["model"]["auc"]
+    assert len({m["metrics"]["num_rows"] for m in first["models"]} | {scorers["model"]["num_rows"]}) == 1
+    assert len({m["metrics"]["auc"] for m in first["models"]}) == 3
+    assert first["models"][2]["network_parameters"] < first["models"][1]["network_parameters"]
     assert f"{scorers['model']['auc']:.4f}" in again.stdout
     assert "item popularity (floor)" in again.stdout
 

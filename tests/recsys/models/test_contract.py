@@ -20,7 +20,18 @@ from recsys.embedded import Embedded, EmbeddedHistory
 from recsys.models import MODELS, RankingModel, build_model, split_output
 from recsys.models.aw_moe import AWMoEConfig
 from recsys.models.dare import DAREConfig, TWINConfig
+from recsys.models.dcnv2 import DCNv2Config
+from recsys.models.deepfm import DeepFMConfig
 from recsys.models.din import DINConfig
+from recsys.models.dnn import DNNConfig
+from recsys.models.finalmlp import DualMLPConfig, FinalMLPConfig
+from recsys.models.fm import FMConfig
+from recsys.models.infnet import INFNetConfig
+from recsys.models.lr import LRConfig
+from recsys.models.mmoe import MMoEConfig
+from recsys.models.ple import PLEConfig
+from recsys.models.suan import LightSUANConfig, SUANConfig
+from recsys.models.wide_deep import WideDeepConfig
 from tests.synthetic import TABLE_SIZES, random_batch, schema
 from training.objective import Objective
 
@@ -39,6 +50,7 @@ CASES: dict[str, Config] = {
     "din prelu": DINConfig(
         embedding_dim=4, attention_hidden=(6, 5), hidden=(16,), attention_activation="prelu", activation="prelu"
     ),
+    "din mean": DINConfig(embedding_dim=4, pooling="mean", hidden=(16, 8)),
     "din softmax": DINConfig(embedding_dim=4, attention_hidden=(6,), hidden=(16, 8), attention_softmax=True),
     "dare": DAREConfig(embedding_dim=8, attention_dim=4, top_k=3, num_slots=6, hidden=(16, 8), auxiliary_hidden=(8,)),
     "twin": TWINConfig(embedding_dim=4, top_k=3, num_slots=6, hidden=(16, 8), auxiliary_hidden=(8,)),
@@ -53,8 +65,8 @@ CASES: dict[str, Config] = {
     "sdim": TWINConfig(
         embedding_dim=4, num_slots=6, hidden=(16,), auxiliary_weight=0, search="sampling", hash_bits=8, hash_width=2
     ),
-    "aw_moe": AWMoEConfig(**AW_MOE),
     "aw_moe & cl": AWMoEConfig(**AW_MOE, contrastive_weight=0.01, mask_probability=0.4),
+    "aw_moe": AWMoEConfig(**AW_MOE),
     "aw_moe query & cl": AWMoEConfig(
         **AW_MOE, anchor="query", contrastive_weight=0.01, mask_probability=0.4, num_negatives=5
     ),
@@ -66,15 +78,77 @@ CASES: dict[str, Config] = {
     "category moe": AWMoEConfig(**AW_MOE, gate="anchor", anchor="query"),
     "category moe, candidate": AWMoEConfig(**AW_MOE, gate="anchor", gate_norm="softmax"),
     "moe din": AWMoEConfig(**{**AW_MOE, "num_experts": 1}, gate="none", anchor="query"),
-    "dnn": AWMoEConfig(**{**AW_MOE, "num_experts": 1}, gate="none", pooling="mean"),
+    "moe dnn": AWMoEConfig(**{**AW_MOE, "num_experts": 1}, gate="none", pooling="mean"),
+    "infnet": INFNetConfig(embedding_dim=4, gate_hidden=(8,), proxy_hidden=(8,), hidden=(16, 8)),
+    "infnet options": INFNetConfig(
+        embedding_dim=4,
+        num_heads=2,
+        gate_hidden=(8,),
+        gate_residual=True,
+        input_norm=True,
+        position="learned",
+        target_attention=True,
+        heads_read="task_and_shared_tokens",
+        projections="per_source",
+        proxy_hidden=(8,),
+        hidden=(16, 8),
+    ),
+    "mmoe": MMoEConfig(embedding_dim=4, num_experts=3, expert_hidden=(16, 8), tower_hidden=(8,)),
+    "mmoe din": MMoEConfig(
+        embedding_dim=4, history_pooling="din", num_experts=2, expert_hidden=(8,), tower_hidden=(8,), activation="dice"
+    ),
+    "ple": PLEConfig(embedding_dim=4, expert_hidden=(16, 8), tower_hidden=(8,)),
+    "lr": LRConfig(),
+    "fm": FMConfig(embedding_dim=5),
+    "dnn": DNNConfig(embedding_dim=5, hidden=(16, 8), dropout=0.0),
+    "wide_deep": WideDeepConfig(embedding_dim=4, hidden=(16, 8), dropout=0.0),
+    "deepfm": DeepFMConfig(embedding_dim=5, hidden=(16,), dropout=0.0, batch_norm=False),
+    "dcnv2": DCNv2Config(embedding_dim=3, hidden=(16, 8), num_cross_layers=2, dropout=0.0, batch_norm=False),
+    "dualmlp": DualMLPConfig(embedding_dim=5, hidden_1=(16, 8), hidden_2=(12,), dropout_1=0.0, dropout_2=0.0),
+    "finalmlp": FinalMLPConfig(
+        embedding_dim=5,
+        hidden_1=(16, 8),
+        hidden_2=(12,),
+        dropout_1=0.0,
+        dropout_2=0.0,
+        context_1=("user_id", "age", "interests"),
+        context_2=("item_id", "price", "hour"),
+        gate_hidden=(6,),
+        num_heads=4,
+    ),
+    "finalmlp static gates": FinalMLPConfig(
+        embedding_dim=5, hidden_1=(16, 8), hidden_2=(12,), dropout_1=0.0, dropout_2=0.0, batch_norm=False, num_heads=2
+    ),
+    "suan": SUANConfig(embedding_dim=4, hidden=(16, 8)),
+    "suan code": SUANConfig(
+        embedding_dim=4,
+        width=8,
+        num_layers=1,
+        hidden=(16,),
+        norm_style="code",
+        alignment_pooling="causal",
+        candidate_mapping="slots",
+        bias_per_head=True,
+    ),
+    "lightsuan": LightSUANConfig(embedding_dim=4, hidden=(16, 8), num_layers=1, window=2, dilation=3),
 }
-ORDER_FREE = {"din", "din prelu", "din softmax"}
+BASELINES = {"lr", "fm", "dnn", "wide_deep", "deepfm", "dcnv2", "dualmlp", "finalmlp", "finalmlp static gates"}
+SLOW = {"fm", "dnn", "wide_deep", "dcnv2", "dualmlp"}
+"""Models that share their layers with others, left to `make test-all`."""
+ORDER_FREE = {"din", "din mean", "din prelu", "din softmax", "infnet", "mmoe", "mmoe din", "ple"} | BASELINES
 ORDER_FREE |= {name for name, config in CASES.items() if config.kind == "aw_moe"}  # type: ignore[attr-defined]
 """Models for which a history is a bag."""
 DRAWING = {"aw_moe & cl", "aw_moe query & cl"}
 """Models whose own losses draw at random."""
 SEARCHING = {"dare", "twin", "twin 4e", "twin projected", "sim hard", "eta", "sdim"}
 """Models that look at no more than some events of a history."""
+
+_GATE = ("mlp.linears.0", "output")
+
+
+def _weights_and_biases(*layers: str) -> list[str]:
+    return [f"{layer}.{part}" for layer in layers for part in ("weight", "bias")]
+
 
 STATE_DICT_KEYS: dict[str, list[str]] = {
     "din": [
@@ -98,7 +172,84 @@ STATE_DICT_KEYS: dict[str, list[str]] = {
         "output.weight",
         "output.bias",
     ],
+    "mmoe": [
+        *_weights_and_biases("experts.first", "gates", "towers.{history}.0.linears.0", "towers.{history}.1"),
+        "experts.rest.weights.0",
+        "experts.rest.biases.0",
+    ],
+    "infnet": [
+        *_weights_and_biases(
+            *("tokens.dense.{history}", "tokens.event.{history}"),
+            *("proxies.categorical.mlp.first", "proxies.categorical.output"),
+            *("proxies.sequence.mlp.linears.0", "proxies.sequence.output", "proxies.sequence.norm"),
+            *(f"blocks.0.norm.{stream}" for stream in ("categorical", "sequence", "shared", "task")),
+            *(f"blocks.1.norm.{stream}" for stream in ("shared", "task")),
+            *(f"blocks.0.gate.{kind}.{part}" for kind in ("categorical", "sequence", "task") for part in _GATE),
+            *(f"blocks.1.gate.task.{part}" for part in _GATE),
+            *("heads.{history}.0.linears.0", "heads.{history}.0.linears.1", "heads.{history}.1"),
+        ),
+        *("task_tokens.shared", "task_tokens.task"),
+        *(
+            key
+            for block, streams in ((0, ("categorical", "sequence", "shared", "task")), (1, ("shared", "task")))
+            for stream in streams
+            for source in ("categorical", "sequence", "task")
+            if source not in {"categorical": ("categorical",), "sequence": ("sequence",)}.get(stream, ("task",))
+            for key in (
+                f"blocks.{block}.query.{stream}_to_{source}.weight",
+                f"blocks.{block}.source.{source}_by_{stream}.key",
+                f"blocks.{block}.source.{source}_by_{stream}.value",
+            )
+        ),
+    ],
 }
+_UNIFIED_ATTENTION_BLOCK = [
+    "norms.0.weight",
+    "norms.1.weight",
+    "norms.2.weight",
+    "self_attention.query.weight",
+    "self_attention.key.weight",
+    "self_attention.value.weight",
+    "self_attention.output.weight",
+    "profile_attention.query.weight",
+    "profile_attention.key.weight",
+    "profile_attention.value.weight",
+    "profile_attention.output.weight",
+    "alignment.squeeze.weight",
+    "alignment.first.weight",
+    "alignment.second.weight",
+    "feed_forward.gate.weight",
+    "feed_forward.gate.bias",
+    "feed_forward.up.weight",
+    "feed_forward.up.bias",
+    "feed_forward.down.weight",
+    "feed_forward.down.bias",
+]
+STATE_DICT_KEYS["suan"] = [
+    "tokens.0.weight",
+    "tokens.0.bias",
+    "to_event.{history}.weight",
+    "to_event.{history}.bias",
+    "encoders.{history}.positions",
+    "encoders.{history}.hours",
+    "encoders.{history}.of_hour.weight",
+    "encoders.{history}.of_hour.bias",
+    "encoders.{history}.bias.position",
+    "encoders.{history}.bias.time",
+    *(f"encoders.{{history}}.blocks.{layer}.{key}" for layer in range(2) for key in _UNIFIED_ATTENTION_BLOCK),
+    "mlp.first.weight",
+    "mlp.first.bias",
+    "mlp.after_first.activation.alpha",
+    "mlp.after_first.activation.running_mean",
+    "mlp.after_first.activation.running_var",
+    "mlp.rest.linears.0.weight",
+    "mlp.rest.linears.0.bias",
+    "mlp.rest.after.0.activation.alpha",
+    "mlp.rest.after.0.activation.running_mean",
+    "mlp.rest.after.0.activation.running_var",
+    "output.weight",
+    "output.bias",
+]
 TABLE_KEYS = {f"embedding_bags.{table}.weight" for table in TABLE_SIZES}
 
 
@@ -114,25 +265,16 @@ def build(name: str, *, seed: int = 0) -> RankingModel:
     return model
 
 
-VARIANTS = {
-    "twin 4e",
-    "twin projected",
-    "sim hard",
-    "eta",
-    "sdim",
-    "aw_moe",
-    "aw_moe w/o gate unit",
-    "aw_moe w/o activation unit",
-    "moe mean",
-    "category moe",
-    "category moe, candidate",
-    "moe din",
-    "dnn",
-}
-"""Cases of models that have others: they run with the slow tests."""
+# One case of each model in every run; its variants where there is more time.
+_KINDS = [type(config) for config in CASES.values()]
 
 
-@pytest.fixture(params=[pytest.param(case, marks=pytest.mark.slow) if case in VARIANTS else case for case in CASES])
+@pytest.fixture(
+    params=[
+        pytest.param(name, marks=[pytest.mark.slow] if name in SLOW or type(config) in _KINDS[:place] else [])
+        for place, (name, config) in enumerate(CASES.items())
+    ]
+)
 def name(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
@@ -343,7 +485,7 @@ def test_32_rows_are_learnt_by_heart(name: str) -> None:
     model = build_model(CASES[name], schema(), TABLE_SIZES).train()
     batch = rows_of(random_batch(20, seed=17), torch.arange(32))
     assert batch.labels is not None
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.2 if name == "lr" else 0.02)
     for _ in range(150):
         optimizer.zero_grad()
         loss = loss_of(model, batch)

@@ -9,14 +9,14 @@ import pytest
 import torch
 
 from recsys.errors import ConfigError
-from recsys.layers import Experts
+from recsys.layers import ExpertTowers
 from tests.references.layers import linear
 
 
 @pytest.mark.parametrize("hidden", [[5], [4, 6]])
 def test_every_tower_is_its_layers(hidden: list[int]) -> None:
     torch.manual_seed(0)
-    layer, x = Experts(3, 4, hidden=hidden, output_size=2).double(), torch.randn(6, 3, dtype=torch.float64)
+    layer, x = ExpertTowers(3, 4, hidden=hidden, output_size=2).double(), torch.randn(6, 3, dtype=torch.float64)
     for bias in layer.biases:
         torch.nn.init.normal_(bias)
     weights, biases = ([p.detach().numpy() for p in ps] for ps in (layer.weights, layer.biases))
@@ -30,7 +30,7 @@ def test_every_tower_is_its_layers(hidden: list[int]) -> None:
 
 def test_each_tower_is_drawn_as_a_layer_of_its_own() -> None:
     torch.manual_seed(0)
-    layer = Experts(50, 8, hidden=[70], output_size=1)
+    layer = ExpertTowers(50, 8, hidden=[70], output_size=1)
     bound = (6 / (50 + 70)) ** 0.5
     assert layer.weights[0].abs().max().item() <= bound
     assert layer.weights[0].std().item() == pytest.approx(bound / 3**0.5, rel=0.02)
@@ -48,4 +48,4 @@ def test_each_tower_is_drawn_as_a_layer_of_its_own() -> None:
 )
 def test_a_broken_argument_is_named(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        Experts(**{"input_size": 3, "num_experts": 2, "hidden": [4], "output_size": 1, **changes})
+        ExpertTowers(**{"input_size": 3, "num_experts": 2, "hidden": [4], "output_size": 1, **changes})
