@@ -69,7 +69,7 @@ RULES = {
         "recsys.models.fields",
         "torch pydantic",
     ),
-    "recsys.manifest": rule("recsys.errors"),
+    "recsys.manifest": rule("recsys.errors recsys.files"),
     "recsys.artifact": rule(f"{BATCHES} recsys.manifest", f"{ARRAYS} torch"),
     "recsys.compiled": rule(third="torch"),
     "recsys.predictor": rule(f"{BATCHES} recsys.artifact recsys.compiled recsys.manifest recsys.ops", "numpy torch"),
