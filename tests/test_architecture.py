@@ -87,6 +87,7 @@ RULES = {
     "training.distributed": rule("recsys feature_store training", f"{TRAINING} ray"),
     "training.tune": rule("recsys feature_store training", f"{TRAINING} ray"),
     "serving": rule(SCORED, SERVING),
+    "serving.connections": rule(third="uvicorn"),
     "serving.service": rule(f"{SCORED} serving", f"{SERVING} uvicorn uvloop httptools starlette"),
     "serving.loader": rule("recsys.errors recsys.manifest", "mlflow"),
     "serving.settings": rule("recsys.errors recsys.config recsys.manifest", "pydantic"),
