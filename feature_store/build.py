@@ -44,7 +44,7 @@ from recsys.encoding import Encoder
 from recsys.errors import RecsysError, SourceError
 from recsys.files import check_can_write, sha256_of, sync, write_json
 from recsys.schema import Schema
-from recsys.training_set import FORMAT_VERSION, TrainingSet
+from recsys.training_set import FORMAT, FORMAT_VERSION, TrainingSet
 
 __all__ = ["BuildSummary", "DataConfig", "SplitConfig", "build_training_set"]
 
@@ -194,7 +194,10 @@ def _finished(training_set: str, inputs: Mapping[str, Any]) -> BuildSummary | No
         return None
     if manifest.get("inputs") != inputs:
         return None
-    return BuildSummary(**{**manifest["summary"], "training_set": training_set, "skipped": True})
+    try:
+        return BuildSummary(**{**manifest["summary"], "training_set": training_set, "skipped": True})
+    except TypeError:  # damaged: of other fields
+        return None
 
 
 def _build(
@@ -250,6 +253,7 @@ def _manifest(
     files: Mapping[str, Any],
 ) -> dict[str, Any]:
     return {
+        "format": FORMAT,
         "format_version": FORMAT_VERSION,
         "name": schema.name,
         "created_at": datetime.now(UTC).isoformat(timespec="seconds"),

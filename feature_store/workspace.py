@@ -18,10 +18,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from recsys.errors import SourceError
-from recsys.files import put_in_place, sync_tree
+from recsys.files import check_replaceable, put_in_place, sync_tree
+from recsys.training_set import is_training_set
 
 _MARK = "manifest.json"
-"""Only a folder that holds this file, or nothing, is ever replaced."""
+"""What the block writes last; without it, no set is put back after a kill."""
 
 
 @contextmanager
@@ -61,17 +62,18 @@ def replacing(folder: Path) -> Iterator[Path]:
     Raises:
         SourceError: ``folder`` holds something that is not ours to delete.
     """
-    if folder.exists() and not (folder.is_dir() and ((folder / _MARK).is_file() or not any(folder.iterdir()))):
-        raise SourceError(
-            f"{folder} must be a training set or not exist, got other files: they would be deleted",
-            hint="choose another folder for training_set",
-        )
+    _check_replaceable(folder)
     token = secrets.token_hex(6)
     temporary = folder.with_name(f"{folder.name}.tmp-{token}")
     temporary.mkdir()
     try:
         yield temporary
         sync_tree(temporary, files=False)  # the build has made its files durable
+        _check_replaceable(folder)  # again, for the work took a while
         put_in_place(temporary, folder, retired=folder.with_name(f"{folder.name}.tmp-old-{token}"))
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _check_replaceable(folder: Path) -> None:
+    check_replaceable(folder, "a training set", is_ours=is_training_set, error=SourceError)

@@ -40,8 +40,8 @@ from recsys.config import fingerprint, validate
 from recsys.embedded import Embedded, EmbeddedHistory, Space
 from recsys.encoding.encoder import Encoder
 from recsys.errors import ArtifactError, ConfigError, IntegrityError, SchemaError, nearest
-from recsys.files import put_in_place, sha256_of, sync, sync_tree, write_json
-from recsys.manifest import EXPORT_AGAIN, FORMAT, FORMAT_VERSION, MANIFEST, read_manifest
+from recsys.files import check_replaceable, put_in_place, sha256_of, sync, sync_tree, write_json
+from recsys.manifest import EXPORT_AGAIN, FORMAT, FORMAT_VERSION, MANIFEST, is_artifact, read_manifest
 from recsys.schema import Categorical, Schema
 
 Form = Literal["many", "single"]
@@ -195,20 +195,20 @@ class ArtifactWriter:
         ...     writer.publish({...})
 
     Args:
-        out: the artifact's folder; one that is there is replaced, anything else is left alone.
+        out: the artifact's folder; one that is there is replaced, if it holds nothing but what its manifest names.
+            Anything else is left alone.
 
     Raises:
-        ArtifactError: ``out`` exists and is not an artifact, or cannot be written to.
+        ArtifactError: ``out`` exists and is not an artifact, or holds other files too, or cannot be written to.
     """
 
     def __init__(self, out: str | Path) -> None:
         self.out = Path(out)
-        if self.out.exists() and not (self.out / MANIFEST).is_file() and not _is_empty_folder(self.out):
-            raise ArtifactError(
-                f"{self.out} must be an artifact or not exist, got something else",
-                hint="choose another place to write to",
-            )
+        self._check_replaceable()
         self.folder = self._hidden()
+
+    def _check_replaceable(self) -> None:
+        check_replaceable(self.out, "an artifact", is_ours=is_artifact, error=ArtifactError)
 
     def _hidden(self) -> Path:
         return self.out.with_name(f".tmp-{self.out.name}-{os.getpid()}-{secrets.token_hex(4)}")
@@ -262,12 +262,9 @@ class ArtifactWriter:
     def publish(self) -> Path:
         """Gives the folder its name; an artifact that was there is replaced."""
         sync_tree(self.folder, files=False)
+        self._check_replaceable()  # again, for the work took a while
         put_in_place(self.folder, self.out, retired=self._hidden())
         return self.out
-
-
-def _is_empty_folder(path: Path) -> bool:
-    return path.is_dir() and not any(path.iterdir())
 
 
 class Artifact:

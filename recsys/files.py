@@ -14,6 +14,8 @@ the name free, and the old folder whole beside it.
     append_line                 one more line of a log
     put_in_place                the last step of a folder
     check_can_write             before the work: can the result be written at all?
+    read_object                 a JSON object that we wrote, of which nothing is believed before it was checked
+    check_replaceable           may a folder be replaced, or does it hold what somebody else put there?
     sha256_of                   checksum of a file
 """
 
@@ -25,18 +27,20 @@ import os
 import secrets
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
-from recsys.errors import ConfigError
+from recsys.errors import ConfigError, IntegrityError, RecsysError
 
 __all__ = [
     "append_line",
     "check_can_write",
+    "check_replaceable",
     "draft_of",
     "put_in_place",
+    "read_object",
     "replacing_file",
     "sha256_of",
     "sync",
@@ -167,3 +171,102 @@ def sha256_of(path: str | Path) -> str:
     """Checksum of a file, in hexadecimal."""
     with Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+_WORDS = {dict: "an object", list: "a list", str: "text", int: "a whole number"}
+
+
+def read_object(
+    path: str | Path, fields: Mapping[str, type], *, hint: str, error: type[IntegrityError] = IntegrityError
+) -> dict[str, Any]:
+    """Reads a JSON object that the platform wrote, and checks its fields.
+
+    A field named ``files`` must give the size and sha256 of files by their path relative to the object's folder.
+
+    Args:
+        path: of the file.
+        fields: that it must have, and their types: ``dict``, ``list``, ``str`` or ``int``.
+        hint: what to do if it is damaged.
+        error: to be raised.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        IntegrityError: it cannot be read, is no JSON object, or lacks a field or has another type in it. Given another
+            class, an error of that class.
+    """
+    path = Path(path)
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError) as err:
+        raise FileNotFoundError(err.errno, err.strerror, str(path)) from err
+    except OSError as err:
+        raise error(f"{path} cannot be read: {err.strerror}", hint="check its permissions") from err
+    except (ValueError, RecursionError) as err:
+        raise error(f"{path} must be readable JSON, got something else", hint=hint) from err
+    if not isinstance(found, dict):
+        raise error(f"{path} must hold an object, got another type", hint=hint)
+    missing = [name for name in fields if name not in found]
+    if missing:
+        raise error(f"{path} must say {', '.join(missing)}", hint=hint)
+    for name, kind in fields.items():
+        if not isinstance(found[name], kind) or isinstance(found[name], bool):
+            raise error(f"{path}: {name} must be {_WORDS[kind]}, got another type", hint=hint)
+    if "files" in fields and not all(map(_is_entry, found["files"].items())):
+        raise error(f"{path}: files must give size and sha256 of files in this folder, got something else", hint=hint)
+    return found
+
+
+def _is_entry(entry: tuple[str, Any]) -> bool:
+    name, facts = PurePosixPath(entry[0]), entry[1]
+    return (
+        not name.is_absolute()
+        and ".." not in name.parts
+        and isinstance(facts, dict)
+        and isinstance(facts.get("bytes"), int)
+        and isinstance(facts.get("sha256"), str)
+    )
+
+
+def check_replaceable(
+    folder: Path, what: str, *, is_ours: Callable[[Mapping[str, Any]], bool], error: type[RecsysError]
+) -> None:
+    """Refuses to replace a folder that holds anything but what the manifest in it names.
+
+    A folder that is not there or is empty is free. Any other must hold a ``manifest.json`` of the right kind, and no
+    file that its ``files`` do not name; files that are missing or damaged are no reason to refuse.
+
+    Args:
+        folder: to be replaced.
+        what: it should be, such as ``a training set``.
+        is_ours: whether a manifest, of which nothing is known but that it is an object, is of that kind.
+        error: to be raised.
+
+    Raises:
+        RecsysError: of the class ``error``: the folder is left alone.
+    """
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    rule = f"{folder} must be {what} or not exist, got"
+    elsewhere = "choose another place to write to"
+    manifest = folder / "manifest.json"
+    if not manifest.is_file():
+        raise error(f"{rule} other files: they would be deleted", hint=elsewhere)
+    try:
+        found = read_object(manifest, {}, hint="")
+        if not is_ours(found):
+            raise error(f"{rule} something else: {manifest} is not that of {what}", hint=elsewhere)
+        named = read_object(manifest, {"files": dict}, hint="")["files"]
+    except IntegrityError as err:
+        if isinstance(err, error):
+            raise
+        raise error(
+            f"{rule} a folder whose manifest is damaged, so that nothing tells whose files it holds: {err.message}",
+            hint=f"if it is {what}, delete {folder} and run the command again; else {elsewhere}",
+        ) from err
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if name != manifest.name and name not in named and (path.is_symlink() or not path.is_dir()):
+            raise error(
+                f"{rule} one that also holds {name}, which its manifest does not name: it would be deleted",
+                hint=f"move it to another place, or {elsewhere}",
+            )

@@ -34,11 +34,24 @@ import pyarrow as pa
 
 from recsys.config import fingerprint, validate
 from recsys.encoding.encoder import EncodedColumn, Encoder, Ragged
-from recsys.errors import IntegrityError, SchemaError
-from recsys.files import replacing_file, sha256_of, write_json
+from recsys.errors import ConfigError, IntegrityError, SchemaError
+from recsys.files import read_object, replacing_file, sha256_of, write_json
 from recsys.schema import Schema
 
+FORMAT = "recsys.training_set"
 FORMAT_VERSION = 1
+_FIELDS: dict[str, type] = {
+    "schema": dict,
+    "schema_fingerprint": str,
+    "encoder_fingerprint": str,
+    "split": dict,
+    "rows": dict,
+    "quarantined": dict,
+    "inputs": dict,
+    "summary": dict,
+    "files": dict,
+}
+_REBUILD = "build it again with `recsys build CONFIG`"
 SPLITS = ("train", "validation", "test")
 
 KEY = "@key"
@@ -191,6 +204,14 @@ def _touched(path: Path) -> list[int]:
     return [status.st_size, status.st_ino, status.st_mtime_ns, status.st_ctime_ns]
 
 
+def is_training_set(manifest: Mapping[str, Any]) -> bool:
+    """Whether a manifest is that of a training set, of whatever version.
+
+    Sets that were built before manifests had a ``format`` are known by their fields.
+    """
+    return manifest.get("format", FORMAT) == FORMAT and "format_version" in manifest and manifest.keys() >= {*_FIELDS}
+
+
 class TrainingSet:
     """An opened training set.
 
@@ -215,22 +236,24 @@ class TrainingSet:
             verify: also compare every file's sha256 with the manifest.
 
         Raises:
-            IntegrityError: it is absent, of another version, incomplete, or (with ``verify``) changed.
+            IntegrityError: it is absent, of another version, incomplete, damaged, or (with ``verify``) changed.
         """
         folder = Path(folder)
-        rebuild = "build it again with `recsys build CONFIG`"
+        rebuild = _REBUILD
+        path = folder / "manifest.json"
         try:
-            manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-        except (FileNotFoundError, NotADirectoryError) as err:
+            manifest = read_object(path, {}, hint=rebuild)
+        except FileNotFoundError as err:
             raise IntegrityError(
                 f"{folder.absolute()} must hold a training set, got no manifest.json", hint=rebuild
             ) from err
-        except (json.JSONDecodeError, UnicodeDecodeError) as err:
-            raise IntegrityError(f"{folder / 'manifest.json'} must be JSON", hint=rebuild) from err
+        if manifest.get("format", FORMAT) != FORMAT:
+            raise IntegrityError(f"{path} must be the manifest of a training set, got another file", hint=rebuild)
         if manifest.get("format_version") != FORMAT_VERSION:
             raise IntegrityError(
                 f"{folder} must be of format {FORMAT_VERSION}, got {manifest.get('format_version')}", hint=rebuild
             )
+        manifest = read_object(path, _FIELDS, hint=rebuild)
         for relative, entry in manifest["files"].items():
             path = folder / relative
             if not path.is_file():
@@ -241,7 +264,10 @@ class TrainingSet:
                 )
             if verify and sha256_of(path) != entry["sha256"]:
                 raise IntegrityError(f"{path} was changed after it was written", hint=rebuild)
-        schema = validate(Schema, manifest["schema"], source=str(folder / "manifest.json"))
+        try:
+            schema = validate(Schema, manifest["schema"], source=f"{folder / 'manifest.json'}: schema")
+        except ConfigError as err:
+            raise IntegrityError(err.message, hint=rebuild) from err
         encoder = Encoder.load(folder / "encoder")
         if encoder.fingerprint != manifest["encoder_fingerprint"]:
             raise IntegrityError(f"{folder / 'encoder'} must be the encoder that the set was built with", hint=rebuild)

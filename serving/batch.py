@@ -5,7 +5,6 @@ Files are read and written in pieces, so memory does not grow with them. The out
 
 from __future__ import annotations
 
-import shutil
 import time as clock
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,8 +17,17 @@ import pyarrow.parquet as pq
 
 from recsys.encoding.columns import Array
 from recsys.errors import ConfigError, SourceError
-from recsys.files import check_can_write, draft_of, put_in_place, replacing_file, sync_tree
 from serving.frames import FrameReader, score_table
+from serving.output import (
+    check_output,
+    input_files,
+    is_folder_output,
+    open_parquet,
+    sign,
+    unsigned,
+    writing_file,
+    writing_folder,
+)
 from serving.scorer import Scorer
 
 _ROW_GROUP = 131_072
@@ -82,16 +90,16 @@ def score_parquet(
 
     Raises:
         SourceError: a file is missing or cannot be read, or lacks a column.
-        ConfigError: the output is the input or cannot be written, or an added column is there already.
+        ConfigError: the output is the input, holds it or lies in it, would take the place of files that batch scoring
+            did not write, or cannot be written; or an added column is there already.
         ArtifactError: the artifact cannot be used.
     """
     began = clock.perf_counter()
+    source, target = Path(input_path), Path(output)
+    check_output(source, target)
     if not isinstance(scorer, Scorer):
         scorer = Scorer.load(scorer, features=features)
-    source, target = Path(input_path), Path(output)
-    files = _files(source)
-    if target.exists() and target.resolve() in {source.resolve(), *(f.resolve() for f in files)}:
-        raise ConfigError(f"output must not be the input, got {target} for both")
+    files = input_files(source)
     added = tuple(column.format(task=task) for task in scorer.artifact.tasks)
     if len(set(added)) < len(added):
         raise ConfigError(f"column must tell the tasks apart, got {column!r}", hint="write {task} in it")
@@ -99,19 +107,21 @@ def score_parquet(
     stored = scorer.assembler.features
     is_stored = stored.has_users and stored.has_items
     reader = FrameReader(scorer.artifact.schema, reads_entities=not is_stored, is_complete=True)
-    num_rows = sum(_open(f).metadata.num_rows for f in files)
+    num_rows = sum(open_parquet(f).metadata.num_rows for f in files)
     for file in files:
         _check(file, reader, added)
     with _progress(num_rows, shown=progress) as advance:
-        if source.is_dir() and target.suffix != ".parquet":
-            with _new_folder(target) as draft:
+        if is_folder_output(source, target):
+            with writing_folder(source, target) as draft:
                 for file in files:
-                    part = draft / file.relative_to(source)
-                    part.parent.mkdir(parents=True, exist_ok=True)
-                    totals += _score_files([file], part, scorer, reader, added, batch_size, advance)
+                    name = file.relative_to(source)
+                    (draft / name).parent.mkdir(parents=True, exist_ok=True)
+                    totals += _score_files(
+                        [file], draft / name, scorer, reader, added, batch_size, advance, part=name.as_posix()
+                    )
         else:
-            with _new_file(target) as draft:
-                totals += _score_files(files, draft, scorer, reader, added, batch_size, advance)
+            with writing_file(source, target) as draft:
+                totals += _score_files(files, draft, scorer, reader, added, batch_size, advance, part=target.name)
     seconds = clock.perf_counter() - began
     return BatchSummary(str(target), int(totals[0]), added, int(totals[1]), int(totals[2]), round(seconds, 3))
 
@@ -124,10 +134,16 @@ def _score_files(
     added: tuple[str, ...],
     batch_size: int,
     advance: Callable[[int], None],
+    *,
+    part: str,
 ) -> np.ndarray:
-    """Scores files one after the other into one; returns rows, rows with unknown users, rows with unknown items."""
+    """Scores files one after the other into one; returns rows, rows with unknown users, rows with unknown items.
+
+    Args:
+        part: name of the result, by which it is known again.
+    """
     totals = np.zeros(3, np.int64)
-    schema = _open(files[0]).schema_arrow
+    schema = unsigned(open_parquet(files[0]).schema_arrow)
     for name in added:
         schema = schema.append(pa.field(name, pa.float64()))
     with pq.ParquetWriter(target, schema, compression="zstd") as writer:
@@ -150,6 +166,7 @@ def _score_files(
                     waiting = []
         if waiting:
             writer.write_table(pa.concat_tables(waiting), row_group_size=_ROW_GROUP)
+        sign(writer, part, int(totals[0]))
     return totals
 
 
@@ -181,60 +198,12 @@ def _last_boundary(requests: Array) -> int:
     return int(others[-1]) + 1 if len(others) else 0
 
 
-def _files(source: Path) -> list[Path]:
-    if source.is_file():
-        return [source]
-    if not source.is_dir():
-        raise SourceError(f"{source} does not exist", hint="give a Parquet file or a folder of them")
-    files = sorted(
-        p
-        for p in source.rglob("*.parquet")
-        if p.is_file() and not any(part[0] in "._" for part in p.relative_to(source).parts)
-    )
-    if not files:
-        raise SourceError(f"{source} must hold Parquet files, got none")
-    return files
-
-
-def _open(file: Path) -> pq.ParquetFile:
-    try:
-        return pq.ParquetFile(file)
-    except (pa.ArrowException, OSError) as err:
-        raise SourceError(f"{file} cannot be read as Parquet: {str(err).splitlines()[0]}") from err
-
-
 def _check(file: Path, reader: FrameReader, added: tuple[str, ...]) -> None:
-    names = _open(file).schema_arrow.names
+    names = open_parquet(file).schema_arrow.names
     reader.check(names, str(file))
     taken = [name for name in added if name in names]
     if taken:
         raise ConfigError(f"{file} has a column {taken[0]!r} already", hint="choose another name for the added columns")
-
-
-@contextmanager
-def _new_file(target: Path) -> Iterator[Path]:
-    if target.is_dir():
-        raise ConfigError(f"output must be a file, got the folder {target}", hint="name a file in it")
-    check_can_write(target, name="output")
-    with replacing_file(target) as draft:
-        yield draft
-
-
-@contextmanager
-def _new_folder(target: Path) -> Iterator[Path]:
-    if target.exists() and (
-        not target.is_dir() or any(p.suffix != ".parquet" for p in target.rglob("*") if p.is_file())
-    ):
-        raise ConfigError(f"output must be a new folder or one of Parquet files, got {target}")
-    check_can_write(target, name="output")
-    draft = draft_of(target)
-    try:
-        draft.mkdir(parents=True)
-        yield draft
-        sync_tree(draft)
-        put_in_place(draft, target, retired=draft.with_name(f"{draft.name}-old"))
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
 
 
 @contextmanager

@@ -37,7 +37,7 @@ from typing import Any
 import orjson
 
 from recsys.errors import RequestError, nearest
-from recsys.schema import Categorical, DayOfWeek, Feature, HourOfDay, Schema
+from recsys.schema import Categorical, DayOfWeek, Dense, Feature, HourOfDay, Schema
 
 MAX_TIME = 7_258_118_400_000_000
 """2200-01-01 in UTC microseconds; times must lie before it, as in training."""
@@ -125,19 +125,22 @@ class RequestParser:
         self._item_keys = {views.impressions.item, *([views.items.key] if views.items else [])}
         self._event_item_keys = {*self._item_keys, *([views.events.item] if views.events else [])}
         self._event_time = views.events.time if views.events else "time"
+        self._user_keys = {views.impressions.user, *([views.users.key] if views.users else [])}
         self._user_columns = _columns(schema.features_of("user"))
         self._context_columns = _columns(schema.features_of("context"))
         self._row_columns = _columns([*schema.features_of("item"), *schema.features_of("candidate")])
         self._event_columns = {
             h.name: _columns([*(schema.feature(a) for a in h.attributes), *h.event_features]) for h in schema.histories
         }
+        self._numbers = {f.source_column for f in schema.all_features if isinstance(f, Dense)}
         self._instants = {f.source_column for f in schema.all_features if _reads_instant(schema, f)}
 
     def parse(self, body: bytes | str | Mapping[str, Any]) -> RankRequest:
         """Reads one request.
 
         Args:
-            body: JSON, or what was read from it.
+            body: JSON, or what was read from it. Of a field that JSON gives twice the last one counts: the parser does
+                not tell, and to look for it would cost as much as parsing.
 
         Raises:
             RequestError: with every problem of the request.
@@ -162,13 +165,24 @@ class RequestParser:
             time=self._moment(body["time"], "time", problems) if body.get("time") is not None else now,
             candidate_values=values,
             context=self._object(body.get("context"), "context", self._context_columns, problems),
-            user=self._object(body.get("user"), "user", self._user_columns, problems),
+            user=self._user(body, problems),
             histories=self._inline_histories(body.get("histories"), problems),
             task=self._task(body.get("task"), problems),
             request_id=_request_id(body.get("request_id"), problems),
         )
         raise_problems(problems)
         return request
+
+    def _user(self, body: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:
+        """Raw values of the user; their key may be repeated among them, but be no other."""
+        values = self._object(body.get("user"), "user", self._user_columns, problems)
+        key = body.get("user_id")
+        problems += [
+            f"user.{name} must be user_id, got another"
+            for name in sorted(self._user_keys)
+            if key is not None and values.get(name, key) != key
+        ]
+        return values
 
     def _candidates(
         self, body: Mapping[str, Any], problems: list[str]
@@ -232,6 +246,8 @@ class RequestParser:
                 )
             elif name in self._instants and isinstance(value, str):
                 values[name] = _time(value, f"{where}.{name}", problems, lowest=-MAX_TIME)
+            elif name in self._numbers and _has_boolean(value):
+                problems.append(f"{where}.{name} must be a number, got a boolean")
             elif _is_value(value):
                 values[name] = value
             else:
@@ -369,6 +385,10 @@ def _request_id(given: Any, problems: list[str]) -> str | int | None:
         return given
     problems.append("request_id must be text of at most 200 characters, or an integer")
     return None
+
+
+def _has_boolean(value: Any) -> bool:
+    return isinstance(value, bool) or (isinstance(value, list) and any(isinstance(v, bool) for v in value))
 
 
 def _is_value(value: Any) -> bool:

@@ -14,7 +14,13 @@ runs in a pool of threads with one torch thread each, so that the event loop sta
 encoded. The network runs without the interpreter's lock, compiled or not, so requests are scored side by side on as
 many cores as there are threads, and ``/health`` answers meanwhile; parsing and encoding take turns. What cannot be
 answered soon is refused at once with 503; a request counts from when its body begins to be read, and has a limited time
-to send it.
+to send it. Connections are limited in number, and in the time to the head of a request (:mod:`serving.connections`).
+
+A refused caller may still be sending its body, and closing on it would reset the connection, and with it an answer that
+was not read. So the answer is sent whole and at once, and the rest of the body is read and thrown away: 256 MiB of it,
+for as long as a body may take, on eight connections at a time. Within these bounds a caller who sends all before it
+reads gets the answer; beyond them the connection is closed, and only a caller who reads while it sends is sure of it.
+Where the connection ends with the answer (413), the caller is told so at once by the end of our side of it.
 
 Errors are ``{"error": {"type", "message", "hint"}}``: 404 no such path, 405 method, 408 body sent too slowly, 413 body
 too large, 415 not JSON, 422 the request breaks a rule, 503 not ready or overloaded, 500 our mistake (in full in the
@@ -43,11 +49,12 @@ import torch
 
 from recsys.errors import RequestError, UnavailableError
 from recsys.predictor import Predictor
+from serving.connections import EXTENSION, Server, limited
 from serving.features import SnapshotFeatures
 from serving.loader import Located, locate
 from serving.request import RequestParser
 from serving.scorer import Ranking, Scorer
-from serving.settings import ServiceConfig, listening
+from serving.settings import BACKLOG, ServiceConfig, listening
 
 _log = logging.getLogger("serving.service")
 
@@ -57,8 +64,11 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 _SWITCH_S = 0.001
 _TIMED_OUT = 408
-_DRAIN_BYTES = 64 * 2**20
+_DRAIN_BYTES = 256 * 2**20
 """So much of a refused body is read before its connection is closed."""
+_MAX_DRAINS = 8
+"""On so many connections at once; on more, it is closed without."""
+_CLOSE = (b"connection", b"close")
 _PATHS = {"/rank": ("POST",), "/health": ("GET", "HEAD"), "/ready": ("GET", "HEAD"), "/": ("GET", "HEAD")}
 
 
@@ -219,6 +229,7 @@ class RankingApp:
         self._max_body = int(config.max_body_mib * 2**20)
         self._pool = ThreadPoolExecutor(config.threads, "scorer", initializer=torch.set_num_threads, initargs=(1,))
         self._under_way = 0
+        self._num_drains = 0
 
     def use(self, model: Model) -> None:
         """Answers with this model from now on; requests under way keep the one that they began with."""
@@ -256,16 +267,39 @@ class RankingApp:
             (b"content-length", str(len(reply.body)).encode()),
             *reply.headers,
         ]
-        await send({"type": "http.response.start", "status": reply.status, "headers": headers})
         content = b"" if scope["method"] == "HEAD" else reply.body
-        if scope["method"] != "POST" or body.is_over or reply.status == _TIMED_OUT:
-            await send({"type": "http.response.body", "body": content})
-            return
-        # Closing on a caller that is still sending resets the connection, and with it the answer that it has not read.
-        await send({"type": "http.response.body", "body": content, "more_body": True})
-        with suppress(TimeoutError):
-            await asyncio.wait_for(body.drain(), self.config.body_timeout_s)
-        await send({"type": "http.response.body", "body": b""})
+        is_unread = not body.is_over and _may_have_body(scope)
+        # Who waits for our leave to send (Expect) is not sending.
+        drains = is_unread and reply.status != _TIMED_OUT and not _waits(scope) and self._num_drains < _MAX_DRAINS
+        if is_unread and not drains and _CLOSE not in headers:
+            headers.append(_CLOSE)
+        await send({"type": "http.response.start", "status": reply.status, "headers": headers})
+        if drains:
+            await send({"type": "http.response.body", "body": content, "more_body": True})
+            if await self._drain(scope, body, ends=_CLOSE in headers):
+                return
+            content = b""
+        await send({"type": "http.response.body", "body": content})
+
+    async def _drain(self, scope: ASGIScope, body: Body, *, ends: bool) -> bool:
+        """Reads the rest of a refused body; returns whether the connection was closed.
+
+        Args:
+            ends: whether the connection ends with the answer.
+        """
+        connection = scope.get("extensions", {}).get(EXTENSION)
+        self._num_drains += 1
+        try:
+            if ends and connection is not None:
+                connection.half_close()
+            with suppress(TimeoutError):
+                await asyncio.wait_for(body.drain(), self.config.body_timeout_s)
+        finally:
+            self._num_drains -= 1
+        if connection is None or not (ends or not body.is_over):
+            return False
+        connection.end()
+        return True
 
     async def _answer(self, scope: ASGIScope, body: Body) -> Reply | None:
         path, method = scope["path"], scope["method"]
@@ -343,6 +377,15 @@ class RankingApp:
         return Reply(200, orjson.dumps(facts))
 
 
+def _may_have_body(scope: ASGIScope) -> bool:
+    names = {name for name, _ in scope["headers"]}
+    return scope["method"] == "POST" or b"content-length" in names or b"transfer-encoding" in names
+
+
+def _waits(scope: ASGIScope) -> bool:
+    return any(name == b"expect" for name, _ in scope["headers"])
+
+
 def error_reply(err: Exception) -> Reply:
     """The answer to an error: the one place where the tree of errors becomes HTTP."""
     if isinstance(err, RequestError):
@@ -381,23 +424,31 @@ def serve(
 
     Args:
         config: settings.
-        listener: bound socket to listen on; if not given, one of the settings' address.
-        announce: called with the lines that say that the service is ready; printed if not given.
+        listener: socket that listens; if not given, one of the settings' address.
+        announce: called with the lines that say that the service is ready, once it answers; printed if not given.
 
     Raises:
-        UnavailableError: the port is taken or the address is not this machine's; the MLflow store does not answer.
+        UnavailableError: the port is taken or the address is not this machine's, or nothing can be served there; the
+            MLflow store does not answer.
         ArtifactError: the artifact cannot be used.
     """
     import uvicorn
 
     with listening(config.host, config.port) if listener is None else nullcontext(listener) as listener:
         port = listener.getsockname()[1]
+        try:
+            listener.listen(BACKLOG)  # uvloop would not tell that it cannot
+        except OSError as err:
+            raise UnavailableError(
+                f"port {port} of {config.host} must be free to serve on: {err.strerror}",
+                hint="stop what listens there, or choose another port",
+            ) from err
         app = RankingApp(config)
-        server = uvicorn.Server(
+        server = Server(
             uvicorn.Config(
                 app,
                 loop="uvloop",
-                http="httptools",
+                http=limited(config.body_timeout_s, config.max_connections),
                 ws="none",
                 lifespan="on",
                 log_level="info" if config.access_log else "warning",
@@ -417,6 +468,7 @@ def serve(
                 gc.collect()
                 gc.freeze()
                 app.use(model)
+                server.has_begun.wait()
                 (announce or _print)(ready_lines(model, config.host, port))
             except BaseException as err:  # noqa: BLE001 - raised again below, in the thread that called
                 failures.append(err)
@@ -425,7 +477,12 @@ def serve(
         loading = threading.Thread(target=load, name="loader", daemon=True)
         with _quiet_end(), _quick_turns():
             loading.start()
-            server.run(sockets=[listener])
+            try:
+                server.run(sockets=[listener])
+            except (OSError, SystemExit) as err:
+                if server.started:
+                    raise
+                raise UnavailableError(f"the service must be able to serve on port {port}: {err}") from err
         if failures:
             raise failures[0]
 

@@ -15,6 +15,9 @@ from recsys.config import Config
 from recsys.errors import UnavailableError
 from recsys.manifest import Engine
 
+BACKLOG = 2048
+"""Callers that may wait until they are taken."""
+
 
 class ServiceConfig(Config):
     """Settings of the service."""
@@ -31,10 +34,16 @@ class ServiceConfig(Config):
     max_waiting: int = Field(
         64, ge=0, description="requests that may send their body or wait for a thread; more are refused with 503"
     )
+    max_connections: int = Field(512, ge=1, description="open at once; more are refused with 503 and closed")
     max_candidates: int = Field(5000, ge=1, description="of one request")
     max_events: int = Field(10_000, ge=0, description="of one history that comes with a request")
     max_body_mib: float = Field(4.0, gt=0, le=1024)
-    body_timeout_s: float = Field(10.0, gt=0, le=3600, description="how long a caller may take to send its body")
+    body_timeout_s: float = Field(
+        10.0,
+        gt=0,
+        le=3600,
+        description="how long a caller may take to send the head of a request; and so long again for its body",
+    )
     drain_s: int = Field(10, ge=0, description="how long requests under way may take when the service is told to stop")
     engine: Engine = Field("auto", description="compiled, portable, or auto: compiled where it can run")
     access_log: bool = False
@@ -42,7 +51,9 @@ class ServiceConfig(Config):
 
 @contextmanager
 def listening(host: str, port: int) -> Iterator[socket.socket]:
-    """A bound socket, taken before anything is loaded.
+    """A listening socket, taken before anything is loaded.
+
+    It must listen: two sockets can be bound to a port that none of them listens on. Callers wait until it is served.
 
     Raises:
         UnavailableError: the port is taken, or the address is not this machine's.
@@ -57,6 +68,7 @@ def listening(host: str, port: int) -> Iterator[socket.socket]:
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
+        listener.listen(BACKLOG)
     except OSError as err:
         listener.close()
         raise UnavailableError(

@@ -14,7 +14,6 @@ any moment leaves the old checkpoint or the new one. The newest two are kept, an
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
 import warnings
@@ -29,9 +28,10 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from recsys.errors import CheckpointError
-from recsys.files import sha256_of, sync, write_json
+from recsys.files import read_object, sha256_of, sync, write_json
 
 FORMAT_VERSION = 1
+_FIELDS: dict[str, type] = {"world": int, "progress": dict, "files": dict}
 _KEPT = 2
 
 _log = logging.getLogger(__name__)
@@ -163,28 +163,25 @@ class CheckpointStore:
         path = self.folder / name / "manifest.json"
         hint = f"delete {path.parent} to resume from the checkpoint before it"
         try:
-            manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            manifest = read_object(path, {}, hint=hint, error=CheckpointError)
         except FileNotFoundError as err:
             raise CheckpointError(f"{path} does not exist", hint=hint) from err
-        except (json.JSONDecodeError, UnicodeDecodeError) as err:
-            raise CheckpointError(f"{path} must be JSON", hint=hint) from err
         if manifest.get("format_version") != FORMAT_VERSION:
             raise CheckpointError(
                 f"{path.parent} must be of format {FORMAT_VERSION}, got {manifest.get('format_version')}",
                 hint="resume with the version of the software that wrote it, or train into a new run folder",
             )
-        return manifest
+        return read_object(path, _FIELDS, hint=hint, error=CheckpointError)
 
     def _existing(self) -> list[str]:
+        path, hint = self.folder / "latest.json", f"delete {self.folder} to start the run again"
         try:
-            names: list[str] = json.loads((self.folder / "latest.json").read_text(encoding="utf-8"))["checkpoints"]
+            found = read_object(path, {"checkpoints": list}, hint=hint, error=CheckpointError)
         except FileNotFoundError:
             return []
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as err:
-            raise CheckpointError(
-                f"{self.folder / 'latest.json'} must name the newest checkpoints",
-                hint=f"delete {self.folder} to start the run again",
-            ) from err
+        names: list[Any] = found["checkpoints"]
+        if not all(isinstance(name, str) and name == Path(name).name for name in names):
+            raise CheckpointError(f"{path} must name the newest checkpoints, got something else", hint=hint)
         present = [n for n in names if (self.folder / n).is_dir()]
         for name in set(names) - set(present):
             _log.warning("checkpoint %s was removed", self.folder / name)

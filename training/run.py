@@ -25,7 +25,7 @@ from typing import Any, Self
 
 from recsys.config import validate
 from recsys.errors import ConfigError, IntegrityError
-from recsys.files import write_json
+from recsys.files import read_object, write_json
 from recsys.models import RankingModel, build_model
 from recsys.schema import Schema
 from recsys.training_set import TrainingSet
@@ -34,6 +34,14 @@ from training.distill import TEACHER, OnlineDistillationConfig, student_state
 from training.experiment import ExperimentConfig
 
 FORMAT_VERSION = 1
+_CONFIG: dict[str, type] = {
+    "fingerprint": str,
+    "experiment": dict,
+    "schema": dict,
+    "training_set": dict,
+    "table_sizes": dict,
+}
+_SUMMARY: dict[str, type] = {"best_checkpoint": str, "selected_by": str, "finished_at": str}
 
 
 @dataclass(frozen=True)
@@ -103,9 +111,12 @@ class RunFolder:
 
         Raises:
             ConfigError: the folder holds another run.
+            IntegrityError: the folder's files are damaged.
         """
         wanted = experiment.run_fingerprint(schema, training_set.fingerprint)
-        found = self._read("config.json")
+        found = self._read("config.json", {})
+        if found is not None and found.get("format_version") == FORMAT_VERSION:
+            found = self.config()
         if found is not None and found.get("fingerprint") != wanted:
             raise ConfigError(
                 f"run folder {self.path} must be empty or hold this very run, but holds one of another fingerprint: "
@@ -132,7 +143,7 @@ class RunFolder:
                     "table_sizes": dict(training_set.encoder.table_sizes),
                 },
             )
-        return self._read("summary.json")
+        return self._read("summary.json", _SUMMARY)
 
     def _clear(self) -> None:
         """Removes a run, its configuration last: killed half-way, the folder still says whose rest it holds."""
@@ -146,14 +157,22 @@ class RunFolder:
         """What ``config.json`` holds.
 
         Raises:
-            IntegrityError: there is none, or it is of another version.
+            IntegrityError: there is none, or it is damaged or of another version.
         """
-        found = self._read("config.json")
+        found = self._read("config.json", {})
         if found is None:
             raise IntegrityError(f"{self.path} must be a run folder, got no config.json", hint="train a model first")
         if found.get("format_version") != FORMAT_VERSION:
             raise IntegrityError(
                 f"{self.path / 'config.json'} must be of format {FORMAT_VERSION}, got {found.get('format_version')}"
+            )
+        found = self._read("config.json", _CONFIG) or {}
+        if not all(isinstance(found["training_set"].get(name), str) for name in ("path", "fingerprint")) or not all(
+            isinstance(rows, int) for rows in found["table_sizes"].values()
+        ):
+            raise IntegrityError(
+                f"{self.path / 'config.json'} must name its training set and the sizes of its tables, got other types",
+                hint=f"delete {self.path} and train again",
             )
         return found
 
@@ -161,9 +180,9 @@ class RunFolder:
         """What ``summary.json`` holds.
 
         Raises:
-            IntegrityError: the run has not finished.
+            IntegrityError: the run has not finished, or the file is damaged.
         """
-        found = self._read("summary.json")
+        found = self._read("summary.json", _SUMMARY)
         if found is None:
             raise IntegrityError(
                 f"the run in {self.path} must have finished, got no summary.json", hint="run its training command again"
@@ -171,22 +190,34 @@ class RunFolder:
         return found
 
     def lines(self) -> list[dict[str, Any]]:
-        """The lines of ``metrics.jsonl``, in order."""
+        """The lines of ``metrics.jsonl``, in order; a last one that a killed process has left unfinished is left out.
+
+        Raises:
+            IntegrityError: another line is no JSON object, or does not say its kind and step; it is named.
+        """
         try:
-            text = self.metrics.read_text(encoding="utf-8")
+            text = self.metrics.read_bytes()
         except FileNotFoundError:
             return []
-        return [json.loads(line) for line in text.splitlines()]
+        return [self._line(number, line) for number, line in enumerate(text.split(b"\n")[:-1], start=1)]
 
-    def _read(self, name: str) -> dict[str, Any] | None:
-        path = self.path / name
+    def _line(self, number: int, text: bytes) -> dict[str, Any]:
         try:
-            value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            line = json.loads(text)
+        except ValueError:
+            line = None
+        if not isinstance(line, dict) or not {"kind", "step"} <= line.keys():
+            raise IntegrityError(
+                f"{self.metrics}, line {number} must be a JSON object with kind and step, got something else",
+                hint=f"delete {self.path} and train again",
+            )
+        return line
+
+    def _read(self, name: str, fields: Mapping[str, type]) -> dict[str, Any] | None:
+        try:
+            return read_object(self.path / name, fields, hint=f"delete {self.path} and train again")
         except FileNotFoundError:
             return None
-        except (json.JSONDecodeError, UnicodeDecodeError) as err:
-            raise IntegrityError(f"{path} must be JSON", hint=f"delete {self.path} and train again") from err
-        return value
 
 
 @dataclass(frozen=True)
@@ -279,15 +310,17 @@ def _difference(
     found: Mapping[str, Any], experiment: ExperimentConfig, schema: Schema, training_set: TrainingSet
 ) -> str:
     """Names the settings that differ, for the message."""
+    if found.get("format_version") != FORMAT_VERSION:
+        return "its format differs"
     wanted = experiment.model_dump(mode="json")
-    old = found.get("experiment", {})
+    old = found["experiment"]
     parts = []
     for part in ("model", "training", "distillation"):
-        before, now = flatten(old.get(part) or {}), flatten(wanted[part] or {})
-        parts += [f"{part}.{k}" for k in sorted(before.keys() | now.keys()) if before.get(k) != now.get(k)]
+        before, now = flatten({part: old.get(part) or {}}), flatten({part: wanted[part] or {}})
+        parts += [k for k in sorted(before.keys() | now.keys()) if before.get(k) != now.get(k)]
     if found.get("schema") != schema.model_dump(mode="json"):
         parts.append("schema")
-    if found.get("training_set", {}).get("fingerprint") != training_set.fingerprint:
+    if found["training_set"]["fingerprint"] != training_set.fingerprint:
         parts.append("the training set")
     return (", ".join(parts[:6]) or "its format") + (" and more differ" if len(parts) > 6 else " differ")
 

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from recsys.config import fingerprint
+from recsys.errors import IntegrityError
 from recsys.metrics import Metrics
 from recsys.training_set import SPLITS, TrainingSet
 from training.evaluate import Predictions, evaluate
@@ -77,6 +78,10 @@ def _task(predictions: Predictions, task: str, metrics: Metrics, others: Sequenc
 def _curve(folder: RunFolder, experiment: ExperimentConfig, summary: Mapping[str, Any]) -> LearningCurve:
     lines = folder.lines()
     epochs = [line for line in lines if line["kind"] == "epoch"]
+    if not epochs:
+        raise IntegrityError(
+            f"{folder.metrics} must hold the epochs of the run, got none", hint=f"delete {folder.path} and train again"
+        )
     steps_per_epoch = epochs[0]["step"]
     task, _, metric = str(summary["selected_by"]).partition(".")
     points = [(e["epoch"], e["validation"][task][metric]) for e in epochs]

@@ -141,9 +141,19 @@ class TrainResult:
 
     @classmethod
     def from_summary(cls, run_dir: Path, summary: Mapping[str, Any], *, was_finished: bool = True) -> Self:
-        """The result of a run that has finished."""
+        """The result of a run that has finished.
+
+        Raises:
+            IntegrityError: the summary lacks a part.
+        """
         known = {k: v for k, v in summary.items() if k in cls.__dataclass_fields__}
-        return cls(**known, run_dir=run_dir, was_finished=was_finished)
+        try:
+            return cls(**known, run_dir=run_dir, was_finished=was_finished)
+        except TypeError as err:
+            raise IntegrityError(
+                f"{run_dir / 'summary.json'} must say how the run ended, but lacks a part of it",
+                hint=f"delete {run_dir} and train again",
+            ) from err
 
     def summary(self) -> dict[str, Any]:
         """As plain JSON."""
@@ -575,7 +585,12 @@ class Trainer:
         if self._strategy.rank != 0:
             return
         lines = self._folder.lines()
-        best = next(x for x in lines if x["kind"] == "epoch" and x["epoch"] == progress.best_epoch)
+        best = next((x for x in lines if x["kind"] == "epoch" and x.get("epoch") == progress.best_epoch), None)
+        if best is None:
+            raise IntegrityError(
+                f"{self._folder.metrics} must hold epoch {progress.best_epoch}, the best one, got no such line",
+                hint=f"delete {self._folder.path} and train again",
+            )
         result = TrainResult(
             run_dir=self._folder.path,
             fingerprint=self._folder.config()["fingerprint"],

@@ -30,6 +30,12 @@ def score(
     from dataclasses import asdict
 
     from recsys.commands.terminal import print_facts, print_json
+    from serving.loader import check_location
+    from serving.output import check_output
+
+    check_location(artifact, tracking_uri=tracking_uri)
+    check_output(input_path, output)
+    # Takes seconds, for it loads torch: not before what can be told at once has been.
     from serving.batch import score_parquet
     from serving.loader import locate
 

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -116,6 +118,75 @@ def test_a_folder_of_something_else_is_never_replaced(tmp_path: Path, name: str)
     assert path.read_text() == "precious"
 
 
+def finished_set(folder: Path) -> Path:
+    write_views(folder / "views", make_views())
+    build_training_set(make_schema(), config(folder))
+    return folder / "training_set"
+
+
+@pytest.mark.parametrize(
+    "manifest",
+    [
+        {},
+        {"name": "my app", "files": {"precious.txt": {"bytes": 8, "sha256": ""}}},
+        {"format": "recsys.artifact", "format_version": 2, "files": {"precious.txt": {"bytes": 8, "sha256": ""}}},
+        [],
+    ],
+)
+def test_a_manifest_of_something_else_is_no_licence(tmp_path: Path, manifest: object) -> None:
+    write_views(tmp_path / "views", make_views())
+    folder = tmp_path / "training_set"
+    folder.mkdir()
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    (folder / "precious.txt").write_text("precious")
+    with pytest.raises(SourceError, match="must be a training set or not exist"):
+        build_training_set(make_schema(), config(tmp_path), force=True)
+    assert (folder / "precious.txt").read_text() == "precious"
+
+
+def test_a_set_with_a_users_own_file_is_never_replaced(tmp_path: Path) -> None:
+    folder = finished_set(tmp_path)
+    (folder / "train" / "notes.txt").write_text("precious")
+    with pytest.raises(SourceError, match=r"also holds train/notes\.txt, which its manifest does not name"):
+        build_training_set(make_schema(), config(tmp_path), force=True)
+    assert (folder / "train" / "notes.txt").read_text() == "precious"
+
+
+def test_a_set_from_before_manifests_had_a_format_is_known_by_its_fields(tmp_path: Path) -> None:
+    folder = finished_set(tmp_path)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest.pop("format") == "recsys.training_set"
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    assert build_training_set(make_schema(), config(tmp_path)).skipped
+    (folder / "users.arrow").unlink()
+    assert not build_training_set(make_schema(), config(tmp_path)).skipped
+    TrainingSet.open(folder, verify=True)
+
+
+@pytest.mark.parametrize("damage", ["cut", "files", "empty"])
+def test_a_damaged_manifest_is_not_finished_and_the_build_says_what_to_delete(tmp_path: Path, damage: str) -> None:
+    folder = finished_set(tmp_path)
+    path = folder / "manifest.json"
+    text = path.read_text()
+    path.write_text({"cut": text[:99], "files": json.dumps(json.loads(text) | {"files": []}), "empty": ""}[damage])
+    with pytest.raises(IntegrityError, match=r"manifest\.json"):
+        TrainingSet.open(folder)
+    with pytest.raises(SourceError, match=rf"manifest is damaged.*{path}") as caught:
+        build_training_set(make_schema(), config(tmp_path))
+    assert caught.value.hint is not None
+    assert f"delete {folder} and run the command again" in caught.value.hint
+    shutil.rmtree(folder)
+    assert not build_training_set(make_schema(), config(tmp_path)).skipped
+
+
+def test_a_damaged_summary_is_built_again(tmp_path: Path) -> None:
+    folder = finished_set(tmp_path)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    del manifest["summary"]["rows"]
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    assert not build_training_set(make_schema(), config(tmp_path)).skipped
+
+
 def test_an_empty_folder_may_be_replaced(tmp_path: Path) -> None:
     write_views(tmp_path / "views", make_views())
     (tmp_path / "training_set").mkdir()
@@ -153,9 +224,8 @@ def test_a_second_build_waits_for_the_first_and_finds_its_result(tmp_path: Path)
 
 
 def test_a_block_that_fails_leaves_what_was_there(tmp_path: Path) -> None:
-    folder = tmp_path / "set"
-    folder.mkdir()
-    (folder / "manifest.json").write_text("{}")
+    folder = finished_set(tmp_path)
+    before = (folder / "manifest.json").read_text()
 
     def fail() -> None:
         with exclusive(folder), replacing(folder) as new:
@@ -164,8 +234,8 @@ def test_a_block_that_fails_leaves_what_was_there(tmp_path: Path) -> None:
 
     with pytest.raises(RuntimeError, match="on purpose"):
         fail()
-    assert (folder / "manifest.json").read_text() == "{}"
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["set", "set.lock"]
+    assert (folder / "manifest.json").read_text() == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["training_set", "training_set.lock", "views"]
 
 
 def test_a_parent_that_is_a_file(tmp_path: Path) -> None:

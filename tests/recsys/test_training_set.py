@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -121,3 +123,22 @@ def test_a_broken_stamp_is_none(tmp_path: Path) -> None:
     training_set = build_synthetic(tmp_path, num_requests=40)
     training_set.folder.with_name(f"{training_set.folder.name}.verified").write_bytes(b"\xff{")
     assert training_set.verify_once()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ([], "must hold an object"),
+        ({"format_version": 1}, "must say schema"),
+        ({"files": []}, "files must be an object"),
+        ({"schema": {"name": 1}}, "problem"),
+        ({"format": "recsys.artifact"}, "must be the manifest of a training set"),
+    ],
+)
+def test_a_manifest_of_other_types_is_refused(tmp_path: Path, change: Any, message: str) -> None:
+    folder = build_synthetic(tmp_path, num_requests=20).folder
+    manifest = json.loads((folder / "manifest.json").read_text())
+    whole = isinstance(change, dict) and "format_version" not in change
+    (folder / "manifest.json").write_text(json.dumps(manifest | change if whole else change))
+    with pytest.raises(IntegrityError, match=rf"manifest\.json.* {message}"):
+        TrainingSet.open(folder)

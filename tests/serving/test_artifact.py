@@ -27,6 +27,7 @@ from recsys.errors import ArtifactError, SchemaError
 from recsys.files import sha256_of
 from recsys.manifest import MANIFEST
 from recsys.predictor import Predictor, load_predictor, torch_version, unfit
+from recsys.training_set import TrainingSet
 from tests.serving.conftest import World
 from tests.synthetic import TABLE_SIZES, random_batch, schema
 
@@ -93,7 +94,8 @@ def test_a_missing_file_is_refused(copy: Path) -> None:
     ("content", "message"),
     [
         ("", "must be readable JSON"),
-        ("[]", "must be the manifest of an artifact"),
+        ("[]", "must hold an object"),
+        ("{}", "must be the manifest of an artifact"),
         ('{"format": "recsys.artifact", "format_version": 99}', "must be of format version 2, got 99"),
         ('{"format": "recsys.artifact", "format_version": 2}', "must say name, schema"),
     ],
@@ -101,6 +103,25 @@ def test_a_missing_file_is_refused(copy: Path) -> None:
 def test_a_manifest_that_says_something_else(copy: Path, content: str, message: str) -> None:
     (copy / MANIFEST).write_text(content)
     with pytest.raises(ArtifactError, match=message):
+        Artifact.open(copy)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"files": []}, "files must be an object"),
+        ({"files": {"../x": {"bytes": 1, "sha256": ""}}}, "files must give size and sha256"),
+        ({"files": {"a": {"bytes": "1", "sha256": ""}}}, "files must give size and sha256"),
+        ({"tables": {"item": {"rows": 3}}}, r"tables\.item must say rows, dim, file"),
+        ({"spaces": [1]}, "spaces and programs must hold objects"),
+        ({"schema": []}, "schema must be an object"),
+        ({"schema": {"name": 3}}, "problem"),
+        ({"name": None}, "name must be text"),
+    ],
+)
+def test_a_manifest_of_other_types(copy: Path, change: dict[str, Any], message: str) -> None:
+    edit(copy, lambda m: m.update(change))
+    with pytest.raises(ArtifactError, match=rf"manifest\.json.*{message}"):
         Artifact.open(copy)
 
 
@@ -296,6 +317,29 @@ def test_something_else_is_not_overwritten(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="must be an artifact or not exist"):
         ArtifactWriter(tmp_path / "notes")
     assert (tmp_path / "notes" / "thesis.txt").read_text() == "mine"
+
+
+def test_a_training_set_is_not_overwritten(world: World) -> None:
+    folder = world.training_set.folder
+    with pytest.raises(ArtifactError, match=r"manifest\.json is not that of an artifact"):
+        ArtifactWriter(folder)
+    TrainingSet.open(folder, verify=True)
+
+
+def test_an_artifact_with_a_users_own_file_is_not_overwritten(copy: Path) -> None:
+    ArtifactWriter(copy)  # as it was written, it may be replaced
+    (copy / "tables" / "notes.txt").write_text("mine")
+    with pytest.raises(ArtifactError, match=r"also holds tables/notes\.txt, .*it would be deleted"):
+        ArtifactWriter(copy)
+
+
+def test_a_file_that_comes_while_an_artifact_is_written_is_kept(copy: Path) -> None:
+    with ArtifactWriter(copy) as writer:
+        writer.draft({})
+        (copy / "notes.txt").write_text("mine")
+        with pytest.raises(ArtifactError, match=r"also holds notes\.txt"):
+            writer.publish()
+    assert (copy / "notes.txt").read_text() == "mine"
 
 
 def test_what_killed_processes_left_is_swept(tmp_path: Path) -> None:

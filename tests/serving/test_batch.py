@@ -185,10 +185,100 @@ def test_what_must_not_be_overwritten(world: World, scorer: Scorer, tmp_path: Pa
         score_parquet(scorer, source, tmp_path / "folder")
     (tmp_path / "parts").mkdir()
     source.rename(tmp_path / "parts" / "a.parquet")
-    with pytest.raises(ConfigError, match="must be a new folder or one of Parquet files"):
+    with pytest.raises(ConfigError, match="must be a new folder or one of scores"):
         score_parquet(scorer, tmp_path / "parts", tmp_path / "folder")
     assert (tmp_path / "parts" / "a.parquet").read_bytes() == before
     assert (tmp_path / "folder" / "thesis.txt").read_text() == "mine"
+
+
+@pytest.fixture
+def parts(world: World, tmp_path: Path) -> Path:
+    """A folder ``logs/day1`` with two parts."""
+    folder = tmp_path / "logs" / "day1"
+    folder.mkdir(parents=True)
+    view = pl.read_parquet(world.impressions)
+    view[:9].write_parquet(folder / "a.parquet")
+    view[9:20].write_parquet(folder / "b.parquet")
+    return folder
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [
+        ("logs", "must not hold the input"),
+        ("logs/day1", "must not be the input"),
+        ("logs/day1/scored", "must not lie in the input"),
+        ("logs/day1/all.parquet", "must not lie in the input"),
+        ("logs/day1/a.parquet", "must not be the input"),
+        ("link", "must not hold the input"),
+        ("link/day1/../day1", "must not be the input"),
+    ],
+)
+def test_the_input_is_never_replaced(scorer: Scorer, parts: Path, tmp_path: Path, output: str, message: str) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "logs")
+    before = contents(tmp_path)
+    with pytest.raises(ConfigError, match=message):
+        score_parquet(scorer, parts, tmp_path / output)
+    assert contents(tmp_path) == before
+
+
+def test_a_file_below_the_output_is_never_deleted_as_its_old_content(
+    scorer: Scorer, parts: Path, tmp_path: Path
+) -> None:
+    """The input is reached through a link out of its folder: what the link leads to is the input too."""
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.parquet").symlink_to(parts / "a.parquet")
+    with pytest.raises(ConfigError, match="must not hold the input"):
+        score_parquet(scorer, tmp_path / "in", parts)
+    assert sorted(p.name for p in parts.iterdir()) == ["a.parquet", "b.parquet"]
+
+
+def test_only_a_folder_of_scores_is_replaced(scorer: Scorer, parts: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    score_parquet(scorer, parts, out)
+    (parts / "b.parquet").rename(parts / "c.parquet")
+    score_parquet(scorer, parts, out)
+    assert sorted(contents(out)) == ["a.parquet", "c.parquet"]
+    assert pl.read_parquet(out).height == 20
+    own = tmp_path / "own"
+    own.mkdir()
+    pl.DataFrame({"user_id": [1]}).write_parquet(own / "mine.parquet")
+    with pytest.raises(ConfigError, match=r"such as mine\.parquet: they would be deleted"):
+        score_parquet(scorer, parts, own)
+    assert sorted(contents(own)) == ["mine.parquet"]
+
+
+def test_a_folder_of_scores_that_somebody_has_changed_is_left_alone(
+    scorer: Scorer, parts: Path, tmp_path: Path
+) -> None:
+    def copied(folder: Path) -> None:
+        shutil.copy(folder / "a.parquet", folder / "mine.parquet")
+
+    def filtered(folder: Path) -> None:  # pyarrow carries the footer's metadata along
+        pq.write_table(pq.read_table(folder / "a.parquet").slice(3), folder / "a.parquet")
+
+    def linked(folder: Path) -> None:
+        (folder / "day").symlink_to(parts)
+
+    for number, change in enumerate((copied, filtered, linked)):
+        out = tmp_path / f"out{number}"
+        score_parquet(scorer, parts, out)
+        change(out)
+        before = contents(tmp_path)
+        with pytest.raises(ConfigError, match="which holds other files"):
+            score_parquet(scorer, parts, out)
+        assert contents(tmp_path) == before
+
+
+def test_scores_of_scores_are_known_by_their_own_name(scorer: Scorer, parts: Path, tmp_path: Path) -> None:
+    score_parquet(scorer, parts, tmp_path / "first")
+    for _ in range(2):
+        score_parquet(scorer, tmp_path / "first", tmp_path / "second", column="again_{task}")
+    assert pl.read_parquet(tmp_path / "second").height == 20
 
 
 @pytest.mark.parametrize("name", ["below/scored.parquet", "below/folder"])

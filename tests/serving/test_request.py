@@ -191,3 +191,16 @@ def test_any_json_is_parsed_or_refused(body: Any) -> None:
     except RequestError:
         return
     assert 1 <= len(request.candidates) <= 5
+
+
+def test_a_boolean_is_no_number() -> None:
+    for wrong in (True, [1.0, False]):
+        said = problems({"candidates": [{"item_id": 1, "price": wrong}]})
+        assert said == "candidates[0].price must be a number, got a boolean"
+
+
+def test_the_key_of_the_user_may_be_repeated_but_be_no_other() -> None:
+    request = PARSER.parse({"candidates": [1], "user_id": 17, "user": {"user_id": 17}})
+    assert (request.user_id, request.user) == (17, {"user_id": 17})
+    said = problems({"candidates": [1], "user_id": 17, "user": {"user_id": 18}})
+    assert said == "user.user_id must be user_id, got another"

@@ -29,7 +29,7 @@ from recsys.config import load_yaml, validate
 from recsys.errors import UnavailableError
 from serving.scorer import Scorer
 from serving.service import Model, RankingApp, serve
-from serving.settings import ServiceConfig
+from serving.settings import ServiceConfig, listening
 from tests.serving.asgi import ask
 from tests.serving.conftest import World
 
@@ -208,7 +208,7 @@ def test_a_refused_body_is_read_to_its_end_but_not_for_ever(app: RankingApp) -> 
     assert sent[0]["status"] == 413
     assert sent[1]["more_body"], "the answer must not wait for the rest"
     assert refused(1)[0] == 1
-    assert refused(10_000)[0] < 100
+    assert refused(10_000)[0] == 257
 
 
 def test_a_caller_that_goes_away_gets_nothing(app: RankingApp) -> None:
@@ -336,17 +336,18 @@ COMMAND = """
 import sys
 from serving.service import serve
 from serving.settings import ServiceConfig
-serve(ServiceConfig(artifact=sys.argv[1], port=int(sys.argv[2]), threads=2))
+import json
+serve(ServiceConfig(artifact=sys.argv[1], port=int(sys.argv[2]), threads=2, **json.loads(sys.argv[3])))
 """
 
 
 class Process:
     """``serve`` in a process of its own."""
 
-    def __init__(self, artifact: Path, port: int = 0) -> None:
+    def __init__(self, artifact: Path, port: int = 0, settings: dict[str, Any] | None = None) -> None:
         root = Path(__file__).resolve().parents[2]
         self.process = subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-c", COMMAND, str(artifact), str(port)],
+            [sys.executable, "-W", "ignore", "-c", COMMAND, str(artifact), str(port), json.dumps(settings or {})],
             cwd=root,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -432,6 +433,128 @@ def test_a_port_that_is_taken(running: Process, world: World) -> None:
     port = int(running.url.rsplit(":", 1)[1])
     with pytest.raises(UnavailableError, match=rf"port {port} of 127\.0\.0\.1 must be free"):
         serve(ServiceConfig(artifact=str(world.artifact), port=port))
+
+
+def test_a_port_is_taken_as_soon_as_the_first_service_has_it() -> None:
+    with listening("127.0.0.1", 0) as first:
+        port = first.getsockname()[1]
+        with (
+            pytest.raises(UnavailableError, match=f"port {port} of 127.0.0.1 must be free"),
+            listening("127.0.0.1", port),
+        ):
+            pytest.fail("two sockets hold one port")
+
+
+def test_a_service_that_cannot_listen_is_never_ready(world: World) -> None:
+    """Bound beside another that began to listen meanwhile: the model is loaded, and nothing could reach it."""
+    with socket.socket() as first, socket.socket() as second:
+        for each in (first, second):
+            each.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        first.bind(("127.0.0.1", 0))
+        second.bind(first.getsockname())
+        first.listen()
+        said: list[str] = []
+        with pytest.raises(UnavailableError, match="must be free to serve on"):
+            serve(ServiceConfig(artifact=str(world.artifact)), listener=second, announce=said.append)
+        assert said == []
+
+
+# Connections
+
+
+@pytest.fixture(scope="module")
+def strict(world: World) -> Iterator[Process]:
+    """Short of time and of connections."""
+    process = Process(world.artifact, settings={"body_timeout_s": 0.5, "max_connections": 3})
+    yield process
+    process.end()
+
+
+def connected(process: Process) -> socket.socket:
+    host, port = process.url.removeprefix("http://").split(":")
+    return socket.create_connection((host, int(port)), timeout=30)
+
+
+def rest(connection: socket.socket) -> bytes:
+    """All that comes until the other side ends."""
+    return b"".join(iter(lambda: connection.recv(65536), b""))
+
+
+@pytest.mark.parametrize("begun", [b"", b"POST /rank HTTP/1.1\r\ncontent-le", b"GET /health HTTP/1.1\r\n\r\nGET /"])
+def test_a_head_that_never_ends_is_not_waited_for(strict: Process, begun: bytes) -> None:
+    with connected(strict) as connection:
+        connection.sendall(begun)
+        assert rest(connection).count(b"HTTP/1.1 200") == begun.count(b"/health")
+
+
+def test_no_more_connections_than_the_limit(strict: Process) -> None:
+    held = [connected(strict) for _ in range(3)]
+    with connected(strict) as fourth:
+        answer = rest(fourth)
+    for connection in held:
+        assert rest(connection) == b"", "it must end by itself"
+        connection.close()
+    assert answer.startswith(b"HTTP/1.1 503 ")
+    assert b"too many connections" in answer
+    assert httpx.get(f"{strict.url}/health").status_code == 200
+
+
+def test_100_mib_are_refused_with_an_answer(running: Process) -> None:
+    """Sent whole before anything is read; the answer ends with our side of the connection, not with a reset."""
+    with connected(running) as connection:
+        connection.sendall(b"POST /rank HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % (100 * 2**20))
+        for _ in range(100):
+            connection.sendall(b" " * 2**20)
+        head, _, body = rest(connection).partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 413 ")
+    assert b"connection: close" in head.lower()
+    assert orjson.loads(body)["error"]["type"] == "BodyTooLarge"
+
+
+def test_who_reads_while_sending_has_the_answer_and_the_end_at_once(running: Process) -> None:
+    with connected(running) as connection:
+        connection.sendall(b"POST /rank HTTP/1.1\r\nhost: x\r\ncontent-length: 99999999\r\n\r\n ")
+        assert rest(connection).startswith(b"HTTP/1.1 413 ")
+
+
+def test_a_caller_who_asks_for_leave_is_not_waited_for(running: Process) -> None:
+    with connected(running) as connection:
+        connection.sendall(
+            b"POST /rank HTTP/1.1\r\nhost: x\r\nexpect: 100-continue\r\ncontent-length: 99999999\r\n\r\n"
+        )
+        assert rest(connection).startswith(b"HTTP/1.1 413 ")
+
+
+def test_drains_have_a_bound_of_their_own(app: RankingApp) -> None:
+    """Where it is reached, a refused body is not read at all, and the connection ends with the answer."""
+    declared = [(b"content-length", b"99999999999")]
+    scope = {"type": "http", "method": "POST", "path": "/rank", "headers": declared, "query_string": b""}
+    taken, sent = [0] * 9, [list[Any]() for _ in range(9)]
+
+    async def crowd() -> None:
+        async def one(place: int) -> None:
+            async def receive() -> Any:
+                taken[place] += 1
+                return await asyncio.get_running_loop().create_future()
+
+            async def send(message: Any) -> None:
+                sent[place].append(message)
+
+            await app(scope, receive, send)
+
+        tasks = [asyncio.create_task(one(place)) for place in range(9)]
+        await asyncio.wait(tasks[8:])
+        for task in tasks[:8]:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    asyncio.run(crowd())
+    assert taken == [1] * 8 + [0]
+    assert [s[0]["status"] for s in sent] == [413] * 9
+    assert (b"connection", b"close") in sent[8][0]["headers"]
+    assert not sent[8][1].get("more_body")
+    status, _ = call(app, "POST", "/rank", b" " * 99999, headers=[])
+    assert status == 413
 
 
 def test_an_address_of_another_machine(world: World) -> None:

@@ -194,3 +194,28 @@ def test_a_full_disk_is_reported_and_leaves_the_old_checkpoint(
     with pytest.raises(CheckpointError, match=r"cannot be written: .*No space left on device"):
         save(store, 2)
     assert loaded_value(store) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ([], "must hold an object"),
+        ({"format_version": 1}, "must say world, progress, files"),
+        ({"format_version": 1, "world": 1, "progress": {}, "files": []}, "files must be an object"),
+        ({"format_version": 1, "world": "1", "progress": {}, "files": {}}, "world must be a whole number"),
+    ],
+)
+def test_a_manifest_of_other_types_is_refused(store: CheckpointStore, content: Any, message: str) -> None:
+    name = save(store, 1)
+    (store.folder / name / "manifest.json").write_text(json.dumps(content))
+    for read in (lambda: store.load(name, state(0.0)), lambda: store.read_progress(name)):
+        with pytest.raises(CheckpointError, match=rf"manifest\.json.* {message}"):
+            read()
+
+
+@pytest.mark.parametrize("content", [[], {}, {"checkpoints": {}}, {"checkpoints": [1]}, {"checkpoints": ["../other"]}])
+def test_a_list_of_checkpoints_of_other_types_is_refused(store: CheckpointStore, content: Any) -> None:
+    save(store, 1)
+    (store.folder / "latest.json").write_text(json.dumps(content))
+    with pytest.raises(CheckpointError, match=r"latest\.json"):
+        _ = store.latest
