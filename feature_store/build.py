@@ -47,7 +47,7 @@ from recsys.training_set import FORMAT_VERSION, TrainingSet, sha256_of, write_js
 
 __all__ = ["BuildSummary", "DataConfig", "SplitConfig", "build_training_set"]
 
-BUILD_VERSION = 1
+BUILD_VERSION = 2
 """Raised when the same inputs give another training set, so that finished ones are built again."""
 
 

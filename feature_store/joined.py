@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -12,6 +12,7 @@ import pyarrow as pa
 
 from feature_store.entities import Entities
 from feature_store.event_log import EventLog
+from feature_store.event_shards import DistinctKeys, EventBlock, EventShards, in_shard_order, shard_bounds
 from feature_store.point_in_time import Requests
 from feature_store.sources import feature_use, to_arrow
 from feature_store.views import Views
@@ -60,7 +61,7 @@ class Joined:
         stage("Checking impressions")
         shown = views.valid_rows("impressions")
         stage("Checking events")
-        happened = views.valid_rows("events") if "events" in views.sources else None
+        happened = _Happened.scan(views) if "events" in views.sources else None
         stage("Joining users")
         users = _entities(views, "user", shown, happened)
         stage("Joining items")
@@ -121,20 +122,62 @@ class Joined:
         return slice(int(offsets[requests.start]), int(offsets[requests.stop]))
 
 
-def _entities(views: Views, scope: str, shown: np.ndarray, happened: np.ndarray | None) -> Entities:
+@dataclass(frozen=True)
+class _Happened:
+    """What a first look at the events finds.
+
+    Attributes:
+        is_valid: ``(num_rows,)`` bool, the rows of the view without a problem.
+        keys: the different keys of their users and of their items, by scope.
+    """
+
+    is_valid: np.ndarray
+    keys: Mapping[str, pl.Series]
+
+    @classmethod
+    def scan(cls, views: Views) -> Self:
+        distinct = {scope: DistinctKeys() for scope in ("user", "item")}
+        columns = {scope: views.key_expression("events", scope) for scope in distinct}
+        is_valid = np.empty(views.sources["events"].num_rows, dtype=bool)
+        num_rows = 0
+        for valid, block in views.checked_blocks("events", columns):
+            is_valid[num_rows : num_rows + len(valid)] = valid
+            num_rows += len(valid)
+            block = block if valid.all() else block.filter(valid)
+            for scope, found in distinct.items():
+                found.add(block[scope])
+        return cls(is_valid, {scope: found.result() for scope, found in distinct.items()})
+
+    def blocks(self, views: Views) -> Iterator[tuple[np.ndarray, pl.DataFrame]]:
+        """Source rows, keys, times and types of the valid events, some at a time."""
+        columns = {scope: views.key_expression("events", scope) for scope in ("user", "item")}
+        columns["time"] = views.time_expression("events")
+        types = views.event_type_expression()
+        if types is not None:
+            columns["type"] = types
+        num_rows = 0
+        for block in views.sources["events"].blocks(columns):
+            is_valid = self.is_valid[num_rows : num_rows + block.height]
+            source_row = np.arange(num_rows, num_rows + block.height)
+            num_rows += block.height
+            yield (source_row, block) if is_valid.all() else (source_row[is_valid], block.filter(is_valid))
+
+
+def _entities(views: Views, scope: str, shown: np.ndarray, happened: _Happened | None) -> Entities:
     """The users, or the items, of their view and of the valid rows of the logs."""
+    order = in_shard_order if scope == "user" else pl.Series.sort
     logs = [views.keys("impressions", scope).gather(shown)]
     if happened is not None:
-        logs.append(views.keys("events", scope).gather(happened))
+        logs.append(happened.keys[scope])
     view = f"{scope}s"
     if view not in views.sources:
-        return Entities.join(None, views.key_column("impressions", scope), None, logs)
+        return Entities.join(None, views.key_column("impressions", scope), None, logs, order=order)
     rows = views.valid_rows(view)
     keys = views.keys(view, scope).gather(rows)
     is_first = keys.is_first_distinct()
     column = views.key_column(view, scope)
     views.quarantine(view, f"{column} repeats that of an earlier row", rows[~is_first.to_numpy()])
-    return Entities.join(views.sources[view], column, (keys.filter(is_first), rows[is_first.to_numpy()]), logs)
+    return Entities.join(views.sources[view], column, (keys.filter(is_first), rows[is_first.to_numpy()]), logs, order=order)
 
 
 def _requests(views: Views, shown: np.ndarray, user_row: np.ndarray, item_row: np.ndarray) -> Requests:
@@ -157,37 +200,53 @@ def _requests(views: Views, shown: np.ndarray, user_row: np.ndarray, item_row: n
 
 
 def _event_logs(
-    views: Views, happened: np.ndarray, users: Entities, items: Entities
+    views: Views, happened: _Happened, users: Entities, items: Entities
 ) -> tuple[dict[str, EventLog], int]:
     """The event log of each history, and how many events are in none."""
-    everything = EventLog.build(
-        happened,
-        users.rows_of(views.keys("events", "user").gather(happened)),
-        items.rows_of(views.keys("events", "item").gather(happened)),
-        views.time("events")[happened],
-        num_users=users.num_rows,
+    histories = views.schema.histories
+    shards = EventShards(
+        shard_bounds(users.index.keys) + 1,
+        num_items=items.num_rows,
+        num_events=len(happened.is_valid),
+        num_histories=len(histories),
+        folder=views.staging / "shards",
     )
-    types = views.event_types()
-    types = None if types is None else types.gather(everything.source_row)
-    is_used = np.zeros(everything.num_events, dtype=bool)
-    logs = {}
-    for history in views.schema.histories:
-        if history.event_types is None or types is None:
-            logs[history.name] = everything
-            is_used[:] = True
-        else:
-            is_chosen = types.is_in(list(history.event_types)).fill_null(False)
-            _check_types(views, history, types, is_chosen)
-            logs[history.name] = everything.filtered(is_chosen.to_numpy())
-            is_used |= is_chosen.to_numpy()
-    return logs, int(np.count_nonzero(~is_used))
+    present: set[str] = set()
+    has_types, num_events, num_unused = False, 0, 0
+    for source_row, block in happened.blocks(views):
+        types = block["type"] if "type" in block.columns else None
+        if types is not None:
+            has_types = True
+            present.update(types.drop_nulls().unique().to_list())
+        num_events += block.height
+        member = np.zeros(block.height, dtype=np.uint64)
+        for bit, history in enumerate(histories):
+            if history.event_types is None or types is None:
+                member |= np.uint64(1 << bit)
+            else:
+                is_chosen = types.is_in(list(history.event_types)).fill_null(False).to_numpy()
+                member |= is_chosen.astype(np.uint64) << np.uint64(bit)
+        is_used = member > 0
+        num_unused += block.height - int(np.count_nonzero(is_used))
+        if not is_used.all():
+            source_row, block, member = source_row[is_used], block.filter(is_used), member[is_used]
+        shards.add(
+            EventBlock(
+                source_row, users.rows_of(block["user"]), items.rows_of(block["item"]), block["time"].to_numpy(), member
+            )
+        )
+    if has_types:
+        for bit, history in enumerate(histories):
+            if history.event_types is not None:
+                _check_types(views, history, present, int(shards.counts[bit].sum()), num_events)
+    return dict(zip([h.name for h in histories], shards.logs(), strict=True)), num_unused
 
 
-def _check_types(views: Views, history: History, types: pl.Series, is_chosen: pl.Series) -> None:
+def _check_types(views: Views, history: History, found: set[str], num_chosen: int, num_events: int) -> None:
     assert history.event_types is not None
-    present = types.drop_nulls().unique().to_list()
-    absent = sorted(set(history.event_types) - set(present))
-    if len(types) == 0 or is_chosen.any():
+    present = sorted(found)
+    absent = sorted(set(history.event_types) - found)
+    if num_events == 0 or num_chosen:
         views.notes += [
             f"history {history.name!r}: there is no event of type {name!r} ({nearest(name, present)})"
             for name in absent

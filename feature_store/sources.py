@@ -18,7 +18,7 @@ partitions (``date=2020-01-01/part.parquet``) are integers if every one is writt
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -81,6 +81,7 @@ _UNITS_IN_SECOND: dict[str, int] = {"s": 1, "ms": 1_000, "us": 1_000_000, "ns": 
 _INTEGER_TEXT = r"^(0|-?[1-9][0-9]{0,18})$"
 _SEPARATORS = ("::", ";", "\t", "|", ",")
 _DAY = 86_400_000_000
+_BLOCK_ROWS = 1 << 19
 
 
 VIEW_OF_SCOPE: dict[Scope, str] = {
@@ -169,6 +170,21 @@ class Source:
         """
         try:
             return self.frame.select(**expressions).collect()
+        except READ_ERRORS as err:
+            raise SourceError(f"{self._broken_file()} cannot be read: {reason_of(err)}") from err
+
+    def blocks(self, expressions: Mapping[str, pl.Expr]) -> Iterator[pl.DataFrame]:
+        """Evaluates expressions over all rows, in order, some rows at a time; memory does not grow with the view.
+
+        Raises:
+            SourceError: a file cannot be read after all.
+        """
+        frame = self.frame.select(**expressions)
+        try:
+            if self.num_rows <= _BLOCK_ROWS:
+                yield frame.collect()
+            else:
+                yield from frame.collect_batches(chunk_size=_BLOCK_ROWS, maintain_order=True)
         except READ_ERRORS as err:
             raise SourceError(f"{self._broken_file()} cannot be read: {reason_of(err)}") from err
 
