@@ -14,6 +14,7 @@ from __future__ import annotations
 import mmap
 import os
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,11 +67,11 @@ class EventBlock:
     """Some valid events, in the order of the view.
 
     Attributes:
-        source_row: ``(n,)`` int64, rows of the events view.
-        user_row: ``(n,)`` int64, rows of the users table.
-        item_row: ``(n,)`` int64, rows of the items table.
+        source_row: ``(n,)`` integers, rows of the events view.
+        user_row: ``(n,)`` integers, rows of the users table.
+        item_row: ``(n,)`` integers, rows of the items table.
         time: ``(n,)`` int64, UTC microseconds.
-        histories: ``(n,)`` uint64, bit ``h`` is set if the event belongs to history ``h``.
+        histories: ``(n,)`` integers, bit ``h`` is set if the event belongs to history ``h``.
     """
 
     source_row: np.ndarray
@@ -78,6 +79,16 @@ class EventBlock:
     item_row: np.ndarray
     time: np.ndarray
     histories: np.ndarray
+
+    @property
+    def columns(self) -> tuple[np.ndarray, ...]:
+        """All columns, in the order of declaration."""
+        return self.source_row, self.user_row, self.item_row, self.time, self.histories
+
+    @property
+    def num_events(self) -> int:
+        """How many."""
+        return len(self.time)
 
 
 class EventShards:
@@ -89,6 +100,9 @@ class EventShards:
         num_events: rows of the view.
         num_histories: how many there are.
         folder: for spilled events; a file of each shard.
+
+    Attributes:
+        counts: ``(H, S)`` int64, events of each history in each shard.
     """
 
     def __init__(
@@ -98,21 +112,21 @@ class EventShards:
             raise ValueError(f"at most {MAX_HISTORIES} histories, got {num_histories}")
         self.user_bounds = user_bounds
         self.num_histories = num_histories
-        self._folder = folder
-        self._record = np.dtype(
-            [
-                ("source_row", _smallest(num_events)),
-                ("user_row", _smallest(int(user_bounds[-1]))),
-                ("item_row", _smallest(num_items)),
-                ("time", np.int64),
-                ("histories", np.uint8 if num_histories <= 8 else np.uint64),
-            ]
-        )
-        self._held: list[list[np.ndarray]] = [[] for _ in range(self.num_shards)]
-        self._held_bytes = 0
-        self._has_spilled = False
         self.counts = np.zeros((num_histories, self.num_shards), dtype=np.int64)
-        """``(H, S)``: events of each history in each shard."""
+        self._folder = folder
+        self._types = (
+            _smallest(num_events),
+            _smallest(int(user_bounds[-1])),
+            _smallest(num_items),
+            np.int64,
+            np.uint8 if num_histories <= 8 else np.uint64,
+        )
+        self._shard_of_user = np.repeat(
+            np.arange(-1, self.num_shards), np.diff(user_bounds, prepend=0).clip(min=0)
+        ).astype(np.uint8)
+        self._held: list[list[EventBlock]] = [[] for _ in range(self.num_shards)]
+        self._held_bytes = 0
+        self._spilled: list[list[int]] = [[] for _ in range(self.num_shards)]
 
     @property
     def num_shards(self) -> int:
@@ -121,88 +135,92 @@ class EventShards:
 
     def add(self, block: EventBlock) -> None:
         """Takes events."""
-        shard = np.searchsorted(self.user_bounds, block.user_row, side="right").astype(np.uint8) - 1
-        records = np.empty(len(shard), dtype=self._record)
-        for name in ("source_row", "user_row", "item_row", "time", "histories"):
-            records[name] = getattr(block, name)
+        shard = self._shard_of_user[block.user_row]
         order = np.argsort(shard, kind="stable")
-        records = records[order]
-        edges = np.searchsorted(shard[order], np.arange(self.num_shards + 1))
-        for number, (start, stop) in enumerate(zip(edges[:-1], edges[1:], strict=True)):
+        edges = np.zeros(self.num_shards + 1, dtype=np.int64)
+        np.cumsum(np.bincount(shard, minlength=self.num_shards), out=edges[1:])
+        columns = [c.astype(t, copy=False)[order] for c, t in zip(block.columns, self._types, strict=True)]
+        for history in range(self.num_histories):
+            is_in = (columns[-1] >> history) & 1
+            self.counts[history] += np.bincount(shard[order], is_in, minlength=self.num_shards).astype(np.int64)
+        for number, (start, stop) in enumerate(zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True)):
             if start < stop:
-                part = records[start:stop]
-                self._held[number].append(part)
-                for history in range(self.num_histories):
-                    self.counts[history, number] += np.count_nonzero(part["histories"] >> history & 1)
-        self._held_bytes += records.nbytes
+                self._held[number].append(EventBlock(*(c[start:stop] for c in columns)))
+        self._held_bytes += sum(c.nbytes for c in columns)
         if self._held_bytes > MEMORY_BYTES:
             self._spill()
 
     def _spill(self) -> None:
         self._folder.mkdir(parents=True, exist_ok=True)
-        self._has_spilled = True
-        for number, parts in enumerate(self._held):
-            if parts:
+        for number, blocks in enumerate(self._held):
+            if blocks:
                 with self._path(number).open("ab") as file:
-                    for part in parts:
-                        part.tofile(file)
+                    for column in _joined(blocks).columns:
+                        file.write(column.data)
+                self._spilled[number].append(sum(b.num_events for b in blocks))
         self._held = [[] for _ in range(self.num_shards)]
         self._held_bytes = 0
 
     def _path(self, shard: int) -> Path:
         return self._folder / f"shard-{shard:03d}.bin"
 
-    def take(self, shard: int) -> np.ndarray:
+    def take(self, shard: int) -> EventBlock:
         """The events of a shard in the order of the view; they are forgotten here."""
-        parts, self._held[shard] = self._held[shard], []
-        path = self._path(shard)
-        if self._has_spilled and path.exists():
-            parts.insert(0, np.fromfile(path, dtype=self._record))
-            path.unlink()
-        return np.concatenate(parts) if parts else np.empty(0, dtype=self._record)
+        blocks: list[EventBlock] = []
+        if self._spilled[shard]:
+            with self._path(shard).open("rb") as file:
+                blocks = [
+                    EventBlock(*(np.fromfile(file, dtype=t, count=count) for t in self._types))
+                    for count in self._spilled[shard]
+                ]
+            self._path(shard).unlink()
+        blocks += self._held[shard]
+        self._held[shard], self._spilled[shard] = [], []
+        return _joined(blocks) if blocks else EventBlock(*(np.empty(0, dtype=t) for t in self._types))
 
     def logs(self) -> list[EventLog]:
         """The event log of each history, shard after shard; columns larger than memory should hold lie on disk."""
-        totals = self.counts.sum(axis=1)
-        is_large = int(totals.sum()) * 24 > MEMORY_BYTES
+        totals = self.counts.sum(axis=1).tolist()
+        is_large = sum(totals) * len(EventLog.COLUMNS) * 8 > MEMORY_BYTES
         folder = self._folder if is_large else None
-        columns = [{name: _array(int(total), folder) for name in EventLog.COLUMNS} for total in totals]
+        columns = [{name: _array(total, folder) for name in EventLog.COLUMNS} for total in totals]
         offsets = [np.zeros(int(self.user_bounds[-1]) + 1, dtype=np.int64) for _ in totals]
-        begun = np.zeros(self.num_histories, dtype=np.int64)
+        begun = [0] * self.num_histories
         for shard in range(self.num_shards):
             events = self.take(shard)
-            first, stop = int(self.user_bounds[shard]), int(self.user_bounds[shard + 1])
+            users = slice(int(self.user_bounds[shard]), int(self.user_bounds[shard + 1]))
             for history in range(self.num_histories):
-                chosen = events if self.num_histories == 1 else events[(events["histories"] >> history & 1) == 1]
-                log = sorted_events(chosen, first, stop)
-                place = slice(int(begun[history]), int(begun[history]) + log.num_events)
+                log = sorted_events(events, history, users)
+                place = slice(begun[history], begun[history] + log.num_events)
                 for name in EventLog.COLUMNS:
                     columns[history][name][place] = getattr(log, name)
-                offsets[history][first + 1 : stop + 1] = log.user_offsets[1:] + begun[history]
+                offsets[history][users.start + 1 : users.stop + 1] = log.user_offsets[1:] + begun[history]
                 begun[history] += log.num_events
-            if is_large:
-                for arrays in columns:
-                    for array in arrays.values():
-                        release(array)
+            for arrays in columns:
+                for array in arrays.values():
+                    release(array)
         return [EventLog(**arrays, user_offsets=o) for arrays, o in zip(columns, offsets, strict=True)]
 
 
-def sorted_events(events: np.ndarray, first_user: int, stop_user: int) -> EventLog:
-    """The log of the users in rows ``[first_user, stop_user)``.
+def sorted_events(events: EventBlock, history: int, users: slice) -> EventLog:
+    """The log of one history and consecutive users.
 
     Args:
-        events: records as :meth:`EventShards.take` gives them.
-        first_user: row of the first user; offsets count from it.
-        stop_user: one past the last.
+        events: all events of these users, in the order of the view.
+        history: bit of the history.
+        users: their rows; offsets count from the first.
     """
-    user = events["user_row"].astype(np.int64) - first_user
-    order = stable_order(user, events["time"])
-    offsets = np.zeros(stop_user - first_user + 1, dtype=np.int64)
-    np.cumsum(np.bincount(user, minlength=stop_user - first_user), out=offsets[1:])
-    taken = events[order]
-    return EventLog(
-        taken["source_row"].astype(np.int64), taken["item_row"].astype(np.int64), taken["time"].copy(), offsets
-    )
+    is_in = ((events.histories >> history) & 1).astype(bool)
+    if not is_in.all():
+        events = EventBlock(*(c[is_in] for c in events.columns))
+    order = stable_order(events.user_row.astype(np.int64), events.time)
+    offsets = np.zeros(users.stop - users.start + 1, dtype=np.int64)
+    np.cumsum(np.bincount(events.user_row - users.start, minlength=users.stop - users.start), out=offsets[1:])
+    return EventLog(events.source_row[order], events.item_row[order], events.time[order], offsets)
+
+
+def _joined(blocks: Sequence[EventBlock]) -> EventBlock:
+    return EventBlock(*(np.concatenate(c) for c in zip(*(b.columns for b in blocks), strict=True)))
 
 
 def _smallest(count: int) -> type[np.integer[Any]]:
@@ -221,7 +239,7 @@ def _array(length: int, folder: Path | None) -> np.ndarray:
 
 def release(array: np.ndarray) -> None:
     """Lets go of the memory that mapped pages of an array take; they are read again when they are used."""
-    base = array
+    base: Any = array
     while isinstance(base, np.ndarray) and base.base is not None:
         base = base.base
     mapped = base.obj if isinstance(base, memoryview) else base

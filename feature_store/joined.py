@@ -17,7 +17,7 @@ from feature_store.point_in_time import Requests
 from feature_store.sources import feature_use, to_arrow
 from feature_store.views import Views
 from recsys.errors import SourceError, nearest
-from recsys.schema import Feature, History, Schema
+from recsys.schema import Feature, Schema
 
 
 @dataclass(frozen=True)
@@ -149,12 +149,12 @@ class _Happened:
         return cls(is_valid, {scope: found.result() for scope, found in distinct.items()})
 
     def blocks(self, views: Views) -> Iterator[tuple[np.ndarray, pl.DataFrame]]:
-        """Source rows, keys, times and types of the valid events, some at a time."""
+        """Source rows, keys and times of the valid events, and for each type whether they are of it; some at a time."""
         columns = {scope: views.key_expression("events", scope) for scope in ("user", "item")}
         columns["time"] = views.time_expression("events")
         types = views.event_type_expression()
         if types is not None:
-            columns["type"] = types
+            columns |= {f"is {name}": (types == name).fill_null(False) for name in _named_types(views)}
         num_rows = 0
         for block in views.sources["events"].blocks(columns):
             is_valid = self.is_valid[num_rows : num_rows + block.height]
@@ -177,7 +177,9 @@ def _entities(views: Views, scope: str, shown: np.ndarray, happened: _Happened |
     is_first = keys.is_first_distinct()
     column = views.key_column(view, scope)
     views.quarantine(view, f"{column} repeats that of an earlier row", rows[~is_first.to_numpy()])
-    return Entities.join(views.sources[view], column, (keys.filter(is_first), rows[is_first.to_numpy()]), logs, order=order)
+    return Entities.join(
+        views.sources[view], column, (keys.filter(is_first), rows[is_first.to_numpy()]), logs, order=order
+    )
 
 
 def _requests(views: Views, shown: np.ndarray, user_row: np.ndarray, item_row: np.ndarray) -> Requests:
@@ -199,9 +201,7 @@ def _requests(views: Views, shown: np.ndarray, user_row: np.ndarray, item_row: n
     return requests.without(contradictory)
 
 
-def _event_logs(
-    views: Views, happened: _Happened, users: Entities, items: Entities
-) -> tuple[dict[str, EventLog], int]:
+def _event_logs(views: Views, happened: _Happened, users: Entities, items: Entities) -> tuple[dict[str, EventLog], int]:
     """The event log of each history, and how many events are in none."""
     histories = views.schema.histories
     shards = EventShards(
@@ -211,49 +211,50 @@ def _event_logs(
         num_histories=len(histories),
         folder=views.staging / "shards",
     )
-    present: set[str] = set()
-    has_types, num_events, num_unused = False, 0, 0
+    num_of_type = dict.fromkeys(_named_types(views), 0)
+    num_unused = 0
     for source_row, block in happened.blocks(views):
-        types = block["type"] if "type" in block.columns else None
-        if types is not None:
-            has_types = True
-            present.update(types.drop_nulls().unique().to_list())
-        num_events += block.height
+        is_of_type = {name: block[f"is {name}"].to_numpy() for name in num_of_type}
+        for name, is_of in is_of_type.items():
+            num_of_type[name] += int(np.count_nonzero(is_of))
         member = np.zeros(block.height, dtype=np.uint64)
         for bit, history in enumerate(histories):
-            if history.event_types is None or types is None:
+            if history.event_types is None:
                 member |= np.uint64(1 << bit)
-            else:
-                is_chosen = types.is_in(list(history.event_types)).fill_null(False).to_numpy()
-                member |= is_chosen.astype(np.uint64) << np.uint64(bit)
+            for name in history.event_types or ():
+                member |= is_of_type[name].astype(np.uint64) << np.uint64(bit)
+        found = EventBlock(
+            source_row, users.rows_of(block["user"]), items.rows_of(block["item"]), block["time"].to_numpy(), member
+        )
         is_used = member > 0
         num_unused += block.height - int(np.count_nonzero(is_used))
-        if not is_used.all():
-            source_row, block, member = source_row[is_used], block.filter(is_used), member[is_used]
-        shards.add(
-            EventBlock(
-                source_row, users.rows_of(block["user"]), items.rows_of(block["item"]), block["time"].to_numpy(), member
-            )
-        )
-    if has_types:
-        for bit, history in enumerate(histories):
-            if history.event_types is not None:
-                _check_types(views, history, present, int(shards.counts[bit].sum()), num_events)
+        shards.add(found if is_used.all() else EventBlock(*(column[is_used] for column in found.columns)))
+    if happened.is_valid.any() and not all(num_of_type.values()):
+        _check_types(views, num_of_type)
     return dict(zip([h.name for h in histories], shards.logs(), strict=True)), num_unused
 
 
-def _check_types(views: Views, history: History, found: set[str], num_chosen: int, num_events: int) -> None:
-    assert history.event_types is not None
-    present = sorted(found)
-    absent = sorted(set(history.event_types) - found)
-    if num_events == 0 or num_chosen:
+def _named_types(views: Views) -> tuple[str, ...]:
+    """The event types that histories name, each once."""
+    return tuple(dict.fromkeys(name for h in views.schema.histories for name in h.event_types or ()))
+
+
+def _check_types(views: Views, num_of_type: Mapping[str, int]) -> None:
+    """Says which event types never occur; refuses a history none of whose types does."""
+    types = views.event_types()
+    assert types is not None
+    present = types.drop_nulls().unique().sort().to_list()
+    for history in views.schema.histories:
+        if history.event_types is None:
+            continue
+        absent = sorted(name for name in set(history.event_types) if not num_of_type[name])
+        if len(absent) == len(set(history.event_types)):
+            raise SourceError(
+                f"{views.sources['events'].place}: history {history.name!r} must find events of type "
+                f"{', '.join(history.event_types)}, got none",
+                hint=nearest(history.event_types[0], present),
+            )
         views.notes += [
             f"history {history.name!r}: there is no event of type {name!r} ({nearest(name, present)})"
             for name in absent
         ]
-        return
-    raise SourceError(
-        f"{views.sources['events'].place}: history {history.name!r} must find events of type "
-        f"{', '.join(history.event_types)}, got none",
-        hint=nearest(history.event_types[0], present),
-    )

@@ -205,9 +205,7 @@ class Views:
         blocks = [is_valid for is_valid, _ in self.checked_blocks(view, {})]
         return np.flatnonzero(np.concatenate(blocks)) if blocks else np.empty(0, dtype=np.int64)
 
-    def checked_blocks(
-        self, view: str, columns: Mapping[str, pl.Expr]
-    ) -> Iterator[tuple[np.ndarray, pl.DataFrame]]:
+    def checked_blocks(self, view: str, columns: Mapping[str, pl.Expr]) -> Iterator[tuple[np.ndarray, pl.DataFrame]]:
         """Reads columns of a view block by block; at the end, rows with a problem are set aside.
 
         Yields:
