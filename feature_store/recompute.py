@@ -10,6 +10,7 @@ The order of events is checked on every request, not on a sample: none may be at
 from __future__ import annotations
 
 import tempfile
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -233,7 +234,9 @@ class _Truth:
 
     def _history(self, history: History, user: Any, time: int) -> list[dict[str, Any]]:
         types = history.event_types
-        before = [e for e in self._events[user] if e["time"] < time and (types is None or e["type"] in types)]
+        oldest = -math.inf if history.max_age_us is None else time - history.max_age_us
+        of_type = [e for e in self._events[user] if types is None or e["type"] in types]
+        before = [e for e in of_type if oldest <= e["time"] < time]
         return sorted(before, key=lambda e: e["time"])  # stable: equal times in the order of the view
 
     def compare(self, split: Split, rows: np.ndarray) -> Iterator[Difference]:

@@ -136,7 +136,8 @@ def _write_requests(
         ROW_START: joined.requests.row_start[requests] - joined.rows_of(requests).start,
     }
     for name, log in joined.logs.items():
-        start, end = history_slices(log, user_row, time)
+        max_age = joined.schema.history(name).max_age_us
+        start, end = history_slices(log, user_row, time, max_age=max_age)
         columns[start_column(name)], columns[end_column(name)] = start, end
         long_histories.see(name, end - start)
     for feature in joined.schema.features_of("context"):
