@@ -193,7 +193,7 @@ def _joined(options: Mapping[str, Any]) -> Any:
     end = before[: len(rows)]
     start = np.maximum(end - options["max_length"], np.searchsorted(users, rows["user_id"].to_numpy()))
     items = clicks["item_id"].to_numpy()
-    rows[HISTORY] = [items[a:b] for a, b in zip(start.tolist(), end.tolist(), strict=True)]
+    rows[HISTORY] = pd.Series([items[a:b] for a, b in zip(start.tolist(), end.tolist(), strict=True)], rows.index)
     return rows
 
 
@@ -222,7 +222,7 @@ def _pandas(options: Mapping[str, Any]) -> float:
             for name, part in splits.items():
                 lengths = part[HISTORY].str.len().to_numpy()
                 flat = pd.Series(np.concatenate(part[HISTORY].to_numpy())).map(ids).fillna(1).astype("int64").to_numpy()
-                encoded[name][HISTORY] = np.split(flat, np.cumsum(lengths)[:-1])
+                encoded[name][HISTORY] = pd.Series(np.split(flat, np.cumsum(lengths)[:-1]), part.index)
     for column in (c for columns in DENSE.values() for c in columns):
         train = np.log1p(splits["train"][column].clip(lower=0))
         mean, std = train.mean(), train.std()
@@ -253,7 +253,7 @@ def _flatten(options: Mapping[str, Any]) -> float:
 def _fuxictr(options: Mapping[str, Any]) -> float:
     import shutil
 
-    from fuxictr.preprocess import FeatureProcessor, build_dataset
+    from fuxictr.preprocess import FeatureProcessor, build_dataset  # type: ignore[import-not-found]
 
     shutil.rmtree(f"{options['folder']}/fuxictr", ignore_errors=True)
     features: list[dict[str, Any]] = [

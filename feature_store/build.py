@@ -21,7 +21,7 @@ from __future__ import annotations
 import os
 import shutil
 import time as clock
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -146,7 +146,7 @@ def build_training_set(
     # Resolved, so that a link keeps pointing at the set, and the work lies on the disk of the result.
     folder = Path(data.training_set).resolve()
     with _stages(progress, _num_stages(schema)) as stage, exclusive(folder):
-        inputs = _inputs(schema, data)
+        inputs = inputs_of(schema, data)
         if not force:
             finished = _finished(data.training_set, inputs)
             if finished is not None:
@@ -157,7 +157,7 @@ def build_training_set(
     return summary
 
 
-def _inputs(schema: Schema, data: DataConfig) -> dict[str, Any]:
+def inputs_of(schema: Schema, data: DataConfig) -> dict[str, Any]:
     """Everything that decides what is built."""
     files = [
         dict(located.identity)
@@ -204,7 +204,7 @@ def _build(
         quarantine.write(folder / "quarantine")
     shutil.rmtree(staging, ignore_errors=True)
     stage("Computing checksums")
-    files = _files(folder)
+    files = describe_files(folder)
     rows = {name: joined.rows_of(part) for name, part in splits.items()}
     num_rows = {name: part.stop - part.start for name, part in rows.items()}
     summary = BuildSummary(
@@ -224,17 +224,19 @@ def _build(
         seconds=round(clock.perf_counter() - began, 3),
         notes=views.notes,
     )
-    write_json(folder / "manifest.json", _manifest(schema, data, encoder, summary, inputs, files))
+    source_rows = {view: source.num_rows for view, source in views.sources.items()}
+    write_json(folder / "manifest.json", manifest_of(schema, data, encoder, summary, inputs, files, source_rows))
     return summary
 
 
-def _manifest(
+def manifest_of(
     schema: Schema,
     data: DataConfig,
     encoder: Encoder,
     summary: BuildSummary,
     inputs: Mapping[str, Any],
     files: Mapping[str, Any],
+    source_rows: Mapping[str, int],
 ) -> dict[str, Any]:
     return {
         "format_version": FORMAT_VERSION,
@@ -251,6 +253,7 @@ def _manifest(
         "inputs": inputs,
         "summary": summary.to_dict(),
         "files": files,
+        "source_rows": source_rows,
     }
 
 
@@ -267,9 +270,14 @@ def _check_train(joined: Joined, train: slice) -> None:
     )
 
 
-def _files(folder: Path) -> dict[str, dict[str, Any]]:
-    """Size, checksum and, of tables, rows of every file; makes those durable that were not."""
-    paths = sorted(p for p in folder.rglob("*") if p.is_file())
+def describe_files(folder: Path, but: Container[str] = ()) -> dict[str, dict[str, Any]]:
+    """Size, checksum and, of tables, rows of every file; makes those durable that were not.
+
+    Args:
+        folder: of the set.
+        but: files that are described already.
+    """
+    paths = sorted(p for p in folder.rglob("*") if p.is_file() and p.relative_to(folder).as_posix() not in but)
 
     def describe(path: Path) -> dict[str, Any]:
         sync(path)

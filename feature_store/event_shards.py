@@ -62,6 +62,11 @@ def shard_bounds(keys: pa.Array[Any]) -> np.ndarray:
     return np.searchsorted(shard_of_keys(keys), np.arange(NUM_SHARDS + 1)).astype(np.int64)
 
 
+def runs_of_rows(num_users: int) -> np.ndarray:
+    """``(NUM_SHARDS + 1,)`` int64: about equal runs of user rows, for users that are in no order of shards."""
+    return np.linspace(1, num_users, NUM_SHARDS + 1).astype(np.int64)
+
+
 @dataclass(frozen=True)
 class EventBlock:
     """Some valid events, in the order of the view.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Self
 
 import numpy as np
@@ -12,12 +13,21 @@ import pyarrow as pa
 
 from feature_store.entities import Entities
 from feature_store.event_log import EventLog
-from feature_store.event_shards import DistinctKeys, EventBlock, EventShards, in_shard_order, shard_bounds
+from feature_store.event_shards import (
+    DistinctKeys,
+    EventBlock,
+    EventShards,
+    in_shard_order,
+    runs_of_rows,
+    shard_bounds,
+    shard_of_keys,
+)
 from feature_store.point_in_time import Requests
 from feature_store.sources import feature_use, to_arrow
 from feature_store.views import Views
 from recsys.errors import SourceError, nearest
 from recsys.schema import Feature, Schema
+from recsys.training_set import Table
 
 
 @dataclass(frozen=True)
@@ -47,12 +57,21 @@ class Joined:
     num_unused_events: int
 
     @classmethod
-    def join(cls, views: Views, stage: Callable[[str], None]) -> Self:
+    def join(
+        cls,
+        views: Views,
+        stage: Callable[[str], None],
+        *,
+        known: Mapping[str, Table] | None = None,
+        not_before: int | None = None,
+    ) -> Self:
         """Checks every row, numbers the entities, groups the impressions, sorts the events.
 
         Args:
             views: the opened views.
             stage: called with the name of each stage as it begins.
+            known: tables of users and of items, by scope, whose rows keep their places; new ones come after them.
+            not_before: UTC microseconds; earlier impressions are set aside.
 
         Raises:
             QuarantineError: too many rows of a view are broken.
@@ -60,18 +79,22 @@ class Joined:
         """
         stage("Checking impressions")
         shown = views.valid_rows("impressions")
+        if not_before is not None:
+            is_late = views.time("impressions")[shown] < not_before
+            views.quarantine("impressions", "earlier than what was built before", shown[is_late])
+            shown = shown[~is_late]
         stage("Checking events")
         happened = _Happened.scan(views) if "events" in views.sources else None
         stage("Joining users")
-        users = _entities(views, "user", shown, happened)
+        users = _entities(views, "user", shown, happened, known)
         stage("Joining items")
-        items = _entities(views, "item", shown, happened)
+        items = _entities(views, "item", shown, happened, known)
         stage("Grouping impressions")
         user_row = users.rows_of(views.keys("impressions", "user").gather(shown))
         item_row = items.rows_of(views.keys("impressions", "item").gather(shown))
         requests = _requests(views, shown, user_row, item_row)
         stage("Sorting events")
-        logs, num_unused = ({}, 0) if happened is None else _event_logs(views, happened, users, items)
+        logs, num_unused = _no_logs(views, users) if happened is None else _event_logs(views, happened, users, items)
         return cls(
             views=views,
             users=users,
@@ -163,9 +186,19 @@ class _Happened:
             yield (source_row, block) if is_valid.all() else (source_row[is_valid], block.filter(is_valid))
 
 
-def _entities(views: Views, scope: str, shown: np.ndarray, happened: _Happened | None) -> Entities:
+def _entities(
+    views: Views,
+    scope: str,
+    shown: np.ndarray,
+    happened: _Happened | None,
+    known: Mapping[str, Table] | None,
+) -> Entities:
     """The users, or the items, of their view and of the valid rows of the logs."""
     order = in_shard_order if scope == "user" else pl.Series.sort
+    if known is not None:
+        first = known[scope].keys
+        assert first is not None
+        order = partial(_behind, pl.Series(first[1:]), order)
     logs = [views.keys("impressions", scope).gather(shown)]
     if happened is not None:
         logs.append(happened.keys[scope])
@@ -180,6 +213,23 @@ def _entities(views: Views, scope: str, shown: np.ndarray, happened: _Happened |
     return Entities.join(
         views.sources[view], column, (keys.filter(is_first), rows[is_first.to_numpy()]), logs, order=order
     )
+
+
+def _behind(known: pl.Series, order: Callable[[pl.Series], pl.Series], keys: pl.Series) -> pl.Series:
+    """Known keys as they are, then those that are new, in their own order."""
+    if keys.dtype != known.dtype:
+        raise SourceError(
+            f"keys must be of the type that the set was built with, {known.dtype}, got {keys.dtype}",
+            hint="write the keys with one type in every file",
+        )
+    return pl.concat([known, order(keys.filter(~keys.is_in(known.implode())))])
+
+
+def _no_logs(views: Views, users: Entities) -> tuple[dict[str, EventLog], int]:
+    """Empty logs, of a schema with histories whose events are not read."""
+    nothing = np.empty(0, dtype=np.int64)
+    log = EventLog(nothing, nothing, nothing, np.zeros(users.num_rows + 1, dtype=np.int64))
+    return {history.name: log for history in views.schema.histories}, 0
 
 
 def _requests(views: Views, shown: np.ndarray, user_row: np.ndarray, item_row: np.ndarray) -> Requests:
@@ -204,8 +254,10 @@ def _requests(views: Views, shown: np.ndarray, user_row: np.ndarray, item_row: n
 def _event_logs(views: Views, happened: _Happened, users: Entities, items: Entities) -> tuple[dict[str, EventLog], int]:
     """The event log of each history, and how many events are in none."""
     histories = views.schema.histories
+    is_in_order = len(users.index) == 0 or bool((np.diff(shard_of_keys(users.index.keys).astype(np.int64)) >= 0).all())
     shards = EventShards(
-        shard_bounds(users.index.keys) + 1,
+        # Users that an append added lie behind the others: any runs of rows will do then.
+        shard_bounds(users.index.keys) + 1 if is_in_order else runs_of_rows(users.num_rows),
         num_items=items.num_rows,
         num_events=len(happened.is_valid),
         num_histories=len(histories),

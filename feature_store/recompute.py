@@ -9,8 +9,8 @@ The order of events is checked on every request, not on a sample: none may be at
 
 from __future__ import annotations
 
-import tempfile
 import math
+import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path

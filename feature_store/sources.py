@@ -18,7 +18,7 @@ partitions (``date=2020-01-01/part.parquet``) are integers if every one is writt
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -406,6 +406,7 @@ def open_source(
     *,
     staging: Path,
     declared: FormatSpec | None = None,
+    is_wanted: Callable[[Located], bool] = lambda _: True,
 ) -> Source:
     """Finds a view's files and checks their columns.
 
@@ -416,12 +417,13 @@ def open_source(
         uses: what the schema reads.
         staging: folder for files that are fetched or that have to be read once as a whole.
         declared: format of the files; by their names if None.
+        is_wanted: which of the files to read; at least one.
 
     Raises:
         SourceError: no file, a file that cannot be read, a missing column, or one of the wrong type; all columns of a
             file at once.
     """
-    located = locate(view, root, pattern, declared, cache=staging / "fetched")
+    located = [f for f in locate(view, root, pattern, declared, cache=staging / "fetched") if is_wanted(f)]
     names = list(dict.fromkeys(u.column for u in uses))
     files, opened = _open_all(view, located, declared, names, staging)
     partitions = _partitions(files, opened, names)

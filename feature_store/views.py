@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -48,6 +48,7 @@ class Views:
         root: folder or address that their paths are relative to.
         staging: folder for files that are fetched or that have to be read once as a whole.
         max_quarantined_fraction: of the rows of a view.
+        only: the files to read of each view, as their identities name them; views that are not named stay closed.
 
     Attributes:
         sources: by name; only the views that are read.
@@ -59,14 +60,31 @@ class Views:
         SourceError: a file or a column is missing or of the wrong type.
     """
 
-    def __init__(self, schema: Schema, root: str | Path, *, staging: Path, max_quarantined_fraction: float) -> None:
+    def __init__(
+        self,
+        schema: Schema,
+        root: str | Path,
+        *,
+        staging: Path,
+        max_quarantined_fraction: float,
+        only: Mapping[str, Container[str]] | None = None,
+    ) -> None:
         self.schema = schema
         self.staging = staging
         self._max_fraction = max_quarantined_fraction
         self._uses = self._find_uses()
         self.sources: dict[str, Source] = {
-            view: open_source(view, root, path, self._uses[view], staging=staging, declared=view_format(schema, view))
+            view: open_source(
+                view,
+                root,
+                path,
+                self._uses[view],
+                staging=staging,
+                declared=view_format(schema, view),
+                is_wanted=lambda f, view=view: only is None or f.identity["file"] in only[view],  # type: ignore[misc]
+            )
             for view, path in view_paths(schema).items()
+            if only is None or view in only
         }
         self.notes: list[str] = [note for source in self.sources.values() for note in source.notes]
         self._settle({v: self.key_column(v, "user") for v in ("impressions", "events", "users") if v in self.sources})

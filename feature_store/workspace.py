@@ -52,10 +52,14 @@ def _recover(folder: Path) -> None:
 
 
 @contextmanager
-def replacing(folder: Path) -> Iterator[Path]:
+def replacing(folder: Path, *, keep_in: Path | None = None) -> Iterator[Path]:
     """Yields a new folder that takes the place of ``folder`` if the block ends well, and vanishes if it does not.
 
     Hold :func:`exclusive` around it. The block writes :data:`manifest.json` last.
+
+    Args:
+        folder: to replace.
+        keep_in: a folder where the one that is replaced is kept, under the next number.
 
     Raises:
         SourceError: ``folder`` holds something that is not ours to delete.
@@ -76,12 +80,23 @@ def replacing(folder: Path) -> Iterator[Path]:
             folder.rename(old)
             temporary.rename(folder)
             sync(folder.parent)
-            shutil.rmtree(old, ignore_errors=True)
+            if keep_in is None:
+                shutil.rmtree(old, ignore_errors=True)
+            else:
+                _keep(old, keep_in)
         else:
             temporary.rename(folder)
             sync(folder.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _keep(old: Path, kept: Path) -> None:
+    kept.mkdir(exist_ok=True)
+    numbers = [int(p.name) for p in kept.iterdir() if p.name.isdigit()]
+    old.rename(kept / f"{max(numbers, default=0) + 1:06d}")
+    sync(kept)
+    sync(kept.parent)
 
 
 def sync_folders(folder: Path) -> None:

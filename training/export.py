@@ -44,7 +44,7 @@ from recsys.errors import ArtifactError, MissingDependencyError
 from recsys.models import RankingModel
 from recsys.predictor import Predictor, quiet, torch_version
 from recsys.schema import UNKNOWN_ID, Schema
-from recsys.training_set import TrainingSet, write_json
+from recsys.training_set import TrainingSet, event_log_paths, write_json
 
 Snapshot = Literal["none", "items", "all"]
 
@@ -205,7 +205,8 @@ def _copy_snapshot(training_set: TrainingSet, folder: Path, snapshot: Snapshot) 
     folder.mkdir()
     files = ["items.arrow"]
     if snapshot == "all":
-        files += ["users.arrow", *(f"events/{h.name}.arrow" for h in training_set.schema.histories)]
+        logs = [path for h in training_set.schema.histories for path in event_log_paths(training_set.folder, h.name)]
+        files += ["users.arrow", *(path.relative_to(training_set.folder).as_posix() for path in logs)]
     for file in files:
         (folder / file).parent.mkdir(exist_ok=True)
         shutil.copyfile(training_set.folder / file, folder / file)

@@ -1,0 +1,169 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+import pytest
+
+from feature_store.append import append_to_training_set, prune_versions, versions_of
+from feature_store.build import DataConfig, build_training_set
+from recsys.batch import Batch
+from recsys.config import validate
+from recsys.errors import SourceError
+from recsys.schema import Schema
+from recsys.training_set import SPLITS, TrainingSet
+from tests.feature_store.small_views import DAY, START, impressions_of, make_schema, make_views, schema_mapping
+
+LAST_DAYS = (8, 9)
+"""Appended one by one to what was built of the days before."""
+
+
+def write_days(folder: Path, views: dict[str, pl.DataFrame], days: range) -> None:
+    """One file a day and log; users and items whole."""
+    for log in ("impressions", "events"):
+        (folder / f"{log}.parquet").mkdir(parents=True, exist_ok=True)
+        rows = views[log]
+        for day in days:
+            chosen = rows.filter(((pl.col("time") - START) // DAY).clip(0, 9) == day)
+            chosen.write_parquet(folder / f"{log}.parquet" / f"day-{day}.parquet")
+    for entity in ("users", "items"):
+        views[entity].write_parquet(folder / f"{entity}.parquet")
+
+
+def settings(folder: Path, name: str, **split: int) -> DataConfig:
+    days = {"train_end": 6, "validation_end": 7, "test_end": 10} | split
+    times = {key: START + day * DAY for key, day in days.items()}
+    mapping = {"views": str(folder / "views"), "training_set": str(folder / name), "split": times}
+    return validate(DataConfig, mapping, source="test")
+
+
+def small(max_length: int = 50) -> Schema:
+    return make_schema(histories=[{**h, "max_length": max_length} for h in schema_mapping()["histories"]])
+
+
+def appended(folder: Path, views: dict[str, pl.DataFrame], schema: Schema) -> TrainingSet:
+    """What days 0 to 7 give, with the last days appended."""
+    write_days(folder / "views", views, range(8))
+    build_training_set(schema, settings(folder, "set"))
+    for day in LAST_DAYS:
+        write_days(folder / "views", views, range(day, day + 1))
+        append_to_training_set(schema, settings(folder, "set"))
+    return TrainingSet.open(folder / "set", verify=True)
+
+
+def by_source_row(training_set: TrainingSet, history: str, max_length: int) -> dict[int, Any]:
+    """Keys, labels and what a batch reads of the history, of every impression."""
+    found = impressions_of(training_set, history)
+    names = ("split", "user", "item", "time", "labels")
+    return {n: ([r[name] for name in names], r["history"][-max_length:]) for n, r in found.items()}
+
+
+@pytest.mark.parametrize("max_length", [50, 3])
+def test_an_append_equals_a_rebuild(tmp_path: Path, max_length: int) -> None:
+    views, schema = make_views(num_requests=120, num_events=900), small(max_length)
+    after = appended(tmp_path, views, schema)
+    build_training_set(schema, settings(tmp_path, "rebuilt"))
+    rebuilt = TrainingSet.open(tmp_path / "rebuilt")
+    for history in ("clicked", "seen"):
+        length = schema.history(history).max_length
+        assert by_source_row(after, history, length) == by_source_row(rebuilt, history, length)
+        if max_length >= 50 and history == "clicked":
+            assert sum(len(h) for _, h in by_source_row(after, history, length).values()) > 100
+    assert after.manifest["rows"] == rebuilt.manifest["rows"]
+    for name in SPLITS:  # nothing new in the training period: the same ids, and so the same batches
+        batches = [Batch.from_training_set(s, name, np.arange(s.split(name).num_requests)) for s in (after, rebuilt)]
+        if batches[0].num_rows:
+            assert (batches[0].labels == batches[1].labels).all()
+            for history in ("clicked", "seen"):
+                mine, theirs = (b.histories[history] for b in batches)
+                assert (mine.offsets == theirs.offsets).all()
+                assert (mine.times == theirs.times).all()
+                assert (mine.features["item_id"] == theirs.features["item_id"]).all()
+            assert (batches[0].item["category"] == batches[1].item["category"]).all()
+
+
+def test_older_versions_stay_readable_until_they_are_pruned(tmp_path: Path) -> None:
+    views = make_views(num_requests=120, num_events=600)
+    after = appended(tmp_path, views, small())
+    versions = versions_of((tmp_path / "set").resolve())
+    assert [p.name for p in versions] == ["000001", "000002"]
+    rows = [sum(TrainingSet.open(p, verify=True).manifest["rows"].values()) for p in versions]
+    assert rows[0] < rows[1] < sum(after.manifest["rows"].values())
+    shared = [tmp_path / f / "train" / "impressions.arrow" for f in ("set", "set.versions/000001")]
+    assert shared[0].samefile(shared[1]), "what stays as it is must take no room twice"
+    assert [p.name for p in prune_versions(tmp_path / "set", keep=1)] == ["000001"]
+    TrainingSet.open(versions[1], verify=True)
+    prune_versions(tmp_path / "set", keep=0)
+    assert versions_of((tmp_path / "set").resolve()) == []
+    TrainingSet.open(tmp_path / "set", verify=True)
+
+
+def test_splits_move_forward_and_vocabularies_grow_behind_their_ids(tmp_path: Path) -> None:
+    views, schema = make_views(num_requests=120, num_events=600), small()
+    is_new = (pl.col("time") - START) // DAY >= 8
+    views["impressions"] = views["impressions"].with_columns(
+        device=pl.when(is_new).then(pl.lit("watch")).otherwise(pl.col("device")),
+        item=pl.when(is_new & (pl.col("item") == 103)).then(pl.lit(999, pl.Int64)).otherwise(pl.col("item")),
+    )
+    write_days(tmp_path / "views", views, range(8))
+    build_training_set(schema, settings(tmp_path, "set"))
+    before = TrainingSet.open(tmp_path / "set")
+    write_days(tmp_path / "views", views, range(8, 10))
+    append_to_training_set(schema, settings(tmp_path, "set", train_end=9, validation_end=10, test_end=11))
+    after = TrainingSet.open(tmp_path / "set", verify=True)
+    assert after.encoder.table_sizes["device"] == before.encoder.table_sizes["device"] + 1
+    devices = pa.array(["phone", "tablet", "tv"])
+    old, new = (s.encoder.encode("device", devices) for s in (before, after))
+    np.testing.assert_array_equal(old, new)
+    assert after.encoder.encode("device", pa.array(["watch"])).tolist() == [before.encoder.table_sizes["device"]]
+    items = pa.array([*range(100, 120), 999])
+    old, new = (s.encoder.encode("item_id", items) for s in (before, after))
+    assert isinstance(old, np.ndarray)
+    assert isinstance(new, np.ndarray)
+    np.testing.assert_array_equal(old[old > 1], new[old > 1])
+    assert (old[-1], new[-1]) == (1, before.encoder.table_sizes["item_id"])
+    assert before.users.keys is not None
+    assert after.users.keys is not None
+    assert after.users.keys.to_pylist()[: before.users.num_rows] == before.users.keys.to_pylist()
+    times = {name: after.split(name).requests.array("@time") for name in SPLITS}
+    assert times["train"].max() < START + 9 * DAY <= times["validation"].min()
+    assert len(times["test"]) == 0
+    assert (np.diff(times["train"]) >= 0).all()
+    assert len(times["train"]) > before.split("train").num_requests
+
+
+def test_late_events_count_from_now_on_and_late_impressions_are_set_aside(tmp_path: Path) -> None:
+    views, schema = make_views(num_requests=120, num_events=600), small()
+    write_days(tmp_path / "views", views, range(8))
+    build_training_set(schema, settings(tmp_path, "set"))
+    before = impressions_of(TrainingSet.open(tmp_path / "set"), "clicked")
+    late = pl.DataFrame({"user": range(12), "item": 101, "time": START - 5, "type": "click", "dwell": -1.0})
+    late.write_parquet(tmp_path / "views" / "events.parquet" / "late.parquet")
+    day = views["impressions"].filter((pl.col("time").min().over("request") - START) // DAY == 8)
+    stale = views["impressions"].head(1).with_columns(request=pl.lit(10**6, pl.Int64), time=pl.lit(START + 1, pl.Int64))
+    pl.concat([day, stale]).write_parquet(tmp_path / "views" / "impressions.parquet" / "day-8.parquet")
+    append_to_training_set(schema, settings(tmp_path, "set"))
+    training_set = TrainingSet.open(tmp_path / "set", verify=True)
+    after = impressions_of(training_set, "clicked")
+    assert {n: after[n]["history"] for n in before} == {n: before[n]["history"] for n in before}
+    new = [row for n, row in after.items() if n not in before]
+    assert len(new) == day.height
+    assert all(row["history"][0] == (101, START - 5) for row in new)
+    assert training_set.manifest["quarantined"]["impressions"] == {"earlier than what was built before": 1}
+
+
+def test_nothing_new_is_nothing_done_and_a_changed_file_is_refused(tmp_path: Path) -> None:
+    views, schema = make_views(), small()
+    write_days(tmp_path / "views", views, range(10))
+    build_training_set(schema, settings(tmp_path, "set"))
+    assert append_to_training_set(schema, settings(tmp_path, "set")).skipped
+    assert versions_of((tmp_path / "set").resolve()) == []
+    views["impressions"].head(3).write_parquet(tmp_path / "views" / "impressions.parquet" / "more.parquet")
+    with pytest.raises(SourceError, match=r"split\.train_end must not be earlier"):
+        append_to_training_set(schema, settings(tmp_path, "set", train_end=5))
+    views["events"].head(3).write_parquet(tmp_path / "views" / "events.parquet" / "day-0.parquet")
+    with pytest.raises(SourceError, match=r"events.*must be as when the set was built"):
+        append_to_training_set(schema, settings(tmp_path, "set"))
