@@ -41,7 +41,7 @@ from feature_store.point_in_time import first_not_before
 from feature_store.split import microseconds
 from feature_store.tables import encoded, write_impressions
 from feature_store.views import Views
-from feature_store.workspace import exclusive, replacing
+from feature_store.workspace import exclusive, replacing, versions_folder, versions_of
 from recsys.encoding import EncodedColumn, Encoder, Ragged
 from recsys.errors import SourceError
 from recsys.schema import Schema
@@ -89,17 +89,6 @@ def append_to_training_set(schema: Schema, data: DataConfig) -> BuildSummary:
         _check_splits(old, data)
         with replacing(folder, keep_in=versions_folder(folder)) as temporary:
             return _Append(old, schema, data, inputs, new_files, temporary).run()
-
-
-def versions_folder(folder: Path) -> Path:
-    """Where the older versions of a training set are."""
-    return folder.with_name(f"{folder.name}.versions")
-
-
-def versions_of(folder: Path) -> list[Path]:
-    """The older versions of a training set, the oldest first; each opens as a training set."""
-    kept = versions_folder(folder)
-    return sorted(p for p in kept.iterdir() if p.name.isdigit()) if kept.is_dir() else []
 
 
 def prune_versions(training_set: str | Path, *, keep: int) -> list[Path]:

@@ -34,7 +34,7 @@ from pydantic import Field
 
 from feature_store.files import is_address, locate
 from feature_store.fit import fit_encoder
-from feature_store.joined import Joined
+from feature_store.joined import EventWork, Joined
 from feature_store.split import SplitConfig, microseconds
 from feature_store.tables import write_tables
 from feature_store.views import Views, view_format, view_paths
@@ -124,7 +124,12 @@ class BuildSummary:
 
 
 def build_training_set(
-    schema: Schema, data: DataConfig, *, progress: bool = False, force: bool = False
+    schema: Schema,
+    data: DataConfig,
+    *,
+    progress: bool = False,
+    force: bool = False,
+    work: EventWork | None = None,
 ) -> BuildSummary:
     """Builds the training set of a schema, or finds it built already.
 
@@ -137,6 +142,7 @@ def build_training_set(
         data: where it is.
         progress: whether to show a progress bar on stderr.
         force: build even if nothing changed.
+        work: who looks through the events and sorts them; this process if not given. The result is the same.
 
     Raises:
         SourceError: a file or column is missing or of the wrong type, or the training period is empty.
@@ -153,7 +159,7 @@ def build_training_set(
                 stage("Up to date")
                 return finished
         with replacing(folder) as temporary:
-            summary = _build(schema, data, temporary, inputs, stage)
+            summary = _build(schema, data, temporary, inputs, stage, work)
     return summary
 
 
@@ -186,7 +192,12 @@ def _finished(training_set: str, inputs: Mapping[str, Any]) -> BuildSummary | No
 
 
 def _build(
-    schema: Schema, data: DataConfig, folder: Path, inputs: Mapping[str, Any], stage: Callable[[str], None]
+    schema: Schema,
+    data: DataConfig,
+    folder: Path,
+    inputs: Mapping[str, Any],
+    stage: Callable[[str], None],
+    work: EventWork | None,
 ) -> BuildSummary:
     """Builds into an empty folder; the manifest comes last."""
     began = clock.perf_counter()
@@ -194,7 +205,7 @@ def _build(
     staging = folder / ".staging"
     limit = data.max_quarantined_fraction
     views = Views(schema, data.views_root, staging=staging, max_quarantined_fraction=limit)
-    joined = Joined.join(views, stage)
+    joined = Joined.join(views, stage, work=work)
     splits = data.split.slices(joined.requests.time)
     _check_train(joined, splits["train"])
     encoder = fit_encoder(joined, splits["train"], train_end=microseconds(data.split.train_end), stage=stage)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import numpy as np
 import polars as pl
@@ -25,9 +25,36 @@ from feature_store.event_shards import (
 from feature_store.point_in_time import Requests
 from feature_store.sources import feature_use, to_arrow
 from feature_store.views import Views
+from recsys.encoding import KeyIndex
 from recsys.errors import SourceError, nearest
-from recsys.schema import Feature, Schema
+from recsys.schema import Feature, History, Schema
 from recsys.training_set import Table
+
+
+class EventWork(Protocol):
+    """Who looks through the events and sorts them."""
+
+    def scan(self, views: Views) -> Happened:
+        """Checks every event, finds the keys."""
+
+    def logs(
+        self, views: Views, happened: Happened, users: Entities, items: Entities
+    ) -> tuple[dict[str, EventLog], int]:
+        """The event log of each history, and how many events are in none."""
+
+
+class LocalEvents:
+    """Does it in this process, shard by shard."""
+
+    def scan(self, views: Views) -> Happened:
+        """See :class:`EventWork`."""
+        return Happened.scan(views)
+
+    def logs(
+        self, views: Views, happened: Happened, users: Entities, items: Entities
+    ) -> tuple[dict[str, EventLog], int]:
+        """See :class:`EventWork`."""
+        return _event_logs(views, happened, users, items)
 
 
 @dataclass(frozen=True)
@@ -64,6 +91,7 @@ class Joined:
         *,
         known: Mapping[str, Table] | None = None,
         not_before: int | None = None,
+        work: EventWork | None = None,
     ) -> Self:
         """Checks every row, numbers the entities, groups the impressions, sorts the events.
 
@@ -72,6 +100,7 @@ class Joined:
             stage: called with the name of each stage as it begins.
             known: tables of users and of items, by scope, whose rows keep their places; new ones come after them.
             not_before: UTC microseconds; earlier impressions are set aside.
+            work: who looks through the events; this process if not given.
 
         Raises:
             QuarantineError: too many rows of a view are broken.
@@ -84,7 +113,8 @@ class Joined:
             views.quarantine("impressions", "earlier than what was built before", shown[is_late])
             shown = shown[~is_late]
         stage("Checking events")
-        happened = _Happened.scan(views) if "events" in views.sources else None
+        work = work or LocalEvents()
+        happened = work.scan(views) if "events" in views.sources else None
         stage("Joining users")
         users = _entities(views, "user", shown, happened, known)
         stage("Joining items")
@@ -94,7 +124,7 @@ class Joined:
         item_row = items.rows_of(views.keys("impressions", "item").gather(shown))
         requests = _requests(views, shown, user_row, item_row)
         stage("Sorting events")
-        logs, num_unused = _no_logs(views, users) if happened is None else _event_logs(views, happened, users, items)
+        logs, num_unused = _no_logs(views, users) if happened is None else work.logs(views, happened, users, items)
         return cls(
             views=views,
             users=users,
@@ -146,7 +176,7 @@ class Joined:
 
 
 @dataclass(frozen=True)
-class _Happened:
+class Happened:
     """What a first look at the events finds.
 
     Attributes:
@@ -159,6 +189,7 @@ class _Happened:
 
     @classmethod
     def scan(cls, views: Views) -> Self:
+        """Reads the events once, block by block."""
         distinct = {scope: DistinctKeys() for scope in ("user", "item")}
         columns = {scope: views.key_expression("events", scope) for scope in distinct}
         is_valid = np.empty(views.sources["events"].num_rows, dtype=bool)
@@ -173,13 +204,8 @@ class _Happened:
 
     def blocks(self, views: Views) -> Iterator[tuple[np.ndarray, pl.DataFrame]]:
         """Source rows, keys and times of the valid events, and for each type whether they are of it; some at a time."""
-        columns = {scope: views.key_expression("events", scope) for scope in ("user", "item")}
-        columns["time"] = views.time_expression("events")
-        types = views.event_type_expression()
-        if types is not None:
-            columns |= {f"is {name}": (types == name).fill_null(False) for name in _named_types(views)}
         num_rows = 0
-        for block in views.sources["events"].blocks(columns):
+        for block in views.sources["events"].blocks(event_columns(views)):
             is_valid = self.is_valid[num_rows : num_rows + block.height]
             source_row = np.arange(num_rows, num_rows + block.height)
             num_rows += block.height
@@ -190,7 +216,7 @@ def _entities(
     views: Views,
     scope: str,
     shown: np.ndarray,
-    happened: _Happened | None,
+    happened: Happened | None,
     known: Mapping[str, Table] | None,
 ) -> Entities:
     """The users, or the items, of their view and of the valid rows of the logs."""
@@ -251,50 +277,83 @@ def _requests(views: Views, shown: np.ndarray, user_row: np.ndarray, item_row: n
     return requests.without(contradictory)
 
 
-def _event_logs(views: Views, happened: _Happened, users: Entities, items: Entities) -> tuple[dict[str, EventLog], int]:
+def _event_logs(views: Views, happened: Happened, users: Entities, items: Entities) -> tuple[dict[str, EventLog], int]:
     """The event log of each history, and how many events are in none."""
     histories = views.schema.histories
-    is_in_order = len(users.index) == 0 or bool((np.diff(shard_of_keys(users.index.keys).astype(np.int64)) >= 0).all())
     shards = EventShards(
-        # Users that an append added lie behind the others: any runs of rows will do then.
-        shard_bounds(users.index.keys) + 1 if is_in_order else runs_of_rows(users.num_rows),
+        user_bounds(users),
         num_items=items.num_rows,
         num_events=len(happened.is_valid),
         num_histories=len(histories),
         folder=views.staging / "shards",
     )
-    num_of_type = dict.fromkeys(_named_types(views), 0)
+    num_of_type = dict.fromkeys(named_types(histories), 0)
     num_unused = 0
     for source_row, block in happened.blocks(views):
-        is_of_type = {name: block[f"is {name}"].to_numpy() for name in num_of_type}
-        for name, is_of in is_of_type.items():
-            num_of_type[name] += int(np.count_nonzero(is_of))
-        member = np.zeros(block.height, dtype=np.uint64)
-        for bit, history in enumerate(histories):
-            if history.event_types is None:
-                member |= np.uint64(1 << bit)
-            for name in history.event_types or ():
-                member |= is_of_type[name].astype(np.uint64) << np.uint64(bit)
-        found = EventBlock(
-            source_row, users.rows_of(block["user"]), items.rows_of(block["item"]), block["time"].to_numpy(), member
-        )
-        is_used = member > 0
-        num_unused += block.height - int(np.count_nonzero(is_used))
-        shards.add(found if is_used.all() else EventBlock(*(column[is_used] for column in found.columns)))
-    if happened.is_valid.any() and not all(num_of_type.values()):
-        _check_types(views, num_of_type)
+        found, of_type = numbered(source_row, block, users.index, items.index, histories)
+        shards.add(found)
+        num_unused += block.height - found.num_events
+        for name, count in of_type.items():
+            num_of_type[name] += count
+    check_types(views, num_of_type)
     return dict(zip([h.name for h in histories], shards.logs(), strict=True)), num_unused
 
 
-def _named_types(views: Views) -> tuple[str, ...]:
+def numbered(
+    source_row: np.ndarray, block: pl.DataFrame, users: KeyIndex, items: KeyIndex, histories: Sequence[History]
+) -> tuple[EventBlock, dict[str, int]]:
+    """The events of a block that some history holds, by rows of users and items; and how many are of each type.
+
+    Args:
+        source_row: ``(n,)`` int64.
+        block: the columns of :func:`event_columns`.
+        users: their keys, in the order of their table.
+        items: their keys, in the order of their table.
+        histories: of the schema.
+    """
+    is_of_type = {name: block[f"is {name}"].to_numpy() for name in named_types(histories)}
+    member = np.zeros(block.height, dtype=np.uint64)
+    for bit, history in enumerate(histories):
+        if history.event_types is None:
+            member |= np.uint64(1 << bit)
+        for name in history.event_types or ():
+            member |= is_of_type[name].astype(np.uint64) << np.uint64(bit)
+    user_row, item_row = (
+        index.positions(to_arrow(block[scope])) + 1 for scope, index in (("user", users), ("item", items))
+    )
+    found = EventBlock(source_row, user_row, item_row, block["time"].to_numpy(), member)
+    is_used = member > 0
+    used = found if is_used.all() else EventBlock(*(column[is_used] for column in found.columns))
+    return used, {name: int(np.count_nonzero(is_of)) for name, is_of in is_of_type.items()}
+
+
+def event_columns(views: Views) -> dict[str, pl.Expr]:
+    """Keys and times of the events, and for each type that histories name whether they are of it."""
+    columns = {scope: views.key_expression("events", scope) for scope in ("user", "item")}
+    columns["time"] = views.time_expression("events")
+    types = views.event_type_expression()
+    if types is not None:
+        columns |= {f"is {n}": (types == n).fill_null(False) for n in named_types(views.schema.histories)}
+    return columns
+
+
+def user_bounds(users: Entities) -> np.ndarray:
+    """The first user row of each shard. Users that an append added lie behind the others: any runs of rows will do."""
+    keys = users.index.keys
+    is_in_order = len(keys) == 0 or bool((np.diff(shard_of_keys(keys).astype(np.int64)) >= 0).all())
+    return shard_bounds(keys) + 1 if is_in_order else runs_of_rows(users.num_rows)
+
+
+def named_types(histories: Sequence[History]) -> tuple[str, ...]:
     """The event types that histories name, each once."""
-    return tuple(dict.fromkeys(name for h in views.schema.histories for name in h.event_types or ()))
+    return tuple(dict.fromkeys(name for h in histories for name in h.event_types or ()))
 
 
-def _check_types(views: Views, num_of_type: Mapping[str, int]) -> None:
+def check_types(views: Views, num_of_type: Mapping[str, int]) -> None:
     """Says which event types never occur; refuses a history none of whose types does."""
     types = views.event_types()
-    assert types is not None
+    if types is None or len(types) == 0 or all(num_of_type.values()):
+        return
     present = types.drop_nulls().unique().sort().to_list()
     for history in views.schema.histories:
         if history.event_types is None:

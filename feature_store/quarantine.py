@@ -88,6 +88,12 @@ class Quarantine:
         return path
 
 
+def code_of(problems: list[tuple[str, pl.Expr]]) -> pl.Expr:
+    """The number of the first problem of a row, from 1; 0 if it has none."""
+    found = [pl.when(is_broken).then(pl.lit(code, pl.UInt16)) for code, (_, is_broken) in enumerate(problems, start=1)]
+    return pl.coalesce(*found, pl.lit(0, pl.UInt16))
+
+
 def checked_blocks(
     source: Source, quarantine: Quarantine, problems: list[tuple[str, pl.Expr]], columns: Mapping[str, pl.Expr]
 ) -> Iterator[tuple[np.ndarray, pl.DataFrame]]:
@@ -102,8 +108,7 @@ def checked_blocks(
     Yields:
         ``(n,)`` bool, the rows of the block that have no problem, and the columns of all of its rows.
     """
-    found = [pl.when(is_broken).then(pl.lit(code, pl.UInt16)) for code, (_, is_broken) in enumerate(problems, start=1)]
-    wanted = {**columns, _CODE: pl.coalesce(*found, pl.lit(0, pl.UInt16))}
+    wanted = {**columns, _CODE: code_of(problems)}
     broken: dict[int, list[np.ndarray]] = {}
     num_rows = 0
     for block in source.blocks(wanted):

@@ -233,11 +233,16 @@ class Views:
             QuarantineError: too many are broken.
         """
         source, quarantine = self.sources[view], self.quarantines[view]
+        yield from checked_blocks(source, quarantine, self.problems(view), columns)
+        quarantine.enforce(self._max_fraction)
+
+    def problems(self, view: str) -> list[tuple[str, pl.Expr]]:
+        """What can be wrong with a row of a view: reasons, and expressions that are true where it is."""
+        source = self.sources[view]
         problems = {reason: expression for use in self._uses[view] for reason, expression in source.problems(use)}
         if view == "impressions":
             problems.update(self._label_problems(source))
-        yield from checked_blocks(source, quarantine, list(problems.items()), columns)
-        quarantine.enforce(self._max_fraction)
+        return list(problems.items())
 
     def _label_problems(self, source: Source) -> dict[str, pl.Expr]:
         labels = [source.typed(_label_use(task)).fill_nan(None) for task in self.schema.tasks]

@@ -47,6 +47,9 @@ def _recover(folder: Path) -> None:
     replaced = sorted(folder.parent.glob(f"{glob.escape(folder.name)}.tmp-old-*"))
     if not folder.exists() and replaced and (replaced[-1] / _MARK).is_file():
         replaced[-1].rename(folder)
+    is_complete = any((p / _MARK).is_file() for p in folder.parent.glob(f"{glob.escape(folder.name)}.tmp-*"))
+    if not folder.exists() and is_complete and versions_of(folder):  # killed between the renames of an append
+        versions_of(folder)[-1].rename(folder)
     for stale in folder.parent.glob(f"{glob.escape(folder.name)}.tmp-*"):
         shutil.rmtree(stale, ignore_errors=True)
 
@@ -76,14 +79,14 @@ def replacing(folder: Path, *, keep_in: Path | None = None) -> Iterator[Path]:
         yield temporary
         sync_folders(temporary)
         if folder.exists():
-            old = folder.with_name(f"{folder.name}.tmp-old-{token}")
+            old = folder.with_name(f"{folder.name}.tmp-old-{token}") if keep_in is None else _next_version(keep_in)
             folder.rename(old)
             temporary.rename(folder)
             sync(folder.parent)
             if keep_in is None:
                 shutil.rmtree(old, ignore_errors=True)
             else:
-                _keep(old, keep_in)
+                sync(keep_in)
         else:
             temporary.rename(folder)
             sync(folder.parent)
@@ -91,12 +94,21 @@ def replacing(folder: Path, *, keep_in: Path | None = None) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _keep(old: Path, kept: Path) -> None:
+def versions_folder(folder: Path) -> Path:
+    """Where the older versions of a folder are."""
+    return folder.with_name(f"{folder.name}.versions")
+
+
+def versions_of(folder: Path) -> list[Path]:
+    """The older versions of a folder, the oldest first."""
+    kept = versions_folder(folder)
+    return sorted(p for p in kept.iterdir() if p.name.isdigit()) if kept.is_dir() else []
+
+
+def _next_version(kept: Path) -> Path:
     kept.mkdir(exist_ok=True)
     numbers = [int(p.name) for p in kept.iterdir() if p.name.isdigit()]
-    old.rename(kept / f"{max(numbers, default=0) + 1:06d}")
-    sync(kept)
-    sync(kept.parent)
+    return kept / f"{max(numbers, default=0) + 1:06d}"
 
 
 def sync_folders(folder: Path) -> None:

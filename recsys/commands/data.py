@@ -218,7 +218,8 @@ def prune(
     Example:
         recsys data prune configs/experiment/din_simulated.yaml --keep 7
     """  # noqa: D301
-    from feature_store.append import prune_versions, versions_of
+    from feature_store.append import prune_versions
+    from feature_store.workspace import versions_of
     from recsys.commands.terminal import print_facts, print_json
     from training.experiment import load_experiment
 

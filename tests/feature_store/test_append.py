@@ -8,8 +8,9 @@ import polars as pl
 import pyarrow as pa
 import pytest
 
-from feature_store.append import append_to_training_set, prune_versions, versions_of
+from feature_store.append import append_to_training_set, prune_versions
 from feature_store.build import DataConfig, build_training_set
+from feature_store.workspace import exclusive, versions_of
 from recsys.batch import Batch
 from recsys.config import validate
 from recsys.errors import SourceError
@@ -98,6 +99,42 @@ def test_older_versions_stay_readable_until_they_are_pruned(tmp_path: Path) -> N
     TrainingSet.open(versions[1], verify=True)
     prune_versions(tmp_path / "set", keep=0)
     assert versions_of((tmp_path / "set").resolve()) == []
+    TrainingSet.open(tmp_path / "set", verify=True)
+
+
+@pytest.mark.parametrize("num_renames", [0, 1])
+def test_an_append_that_is_killed_leaves_the_set_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_renames: int
+) -> None:
+    views, schema = make_views(), small()
+    write_days(tmp_path / "views", views, range(8))
+    build_training_set(schema, settings(tmp_path, "set"))
+    before = TrainingSet.open(tmp_path / "set").fingerprint
+    write_days(tmp_path / "views", views, range(8, 10))
+    done, rename = 0, Path.rename
+
+    def killed(self: Path, target: Path) -> Path:
+        nonlocal done
+        if Path(target).parent == tmp_path / "set.versions" or Path(target) == tmp_path / "set":
+            if done == num_renames:
+                raise KeyboardInterrupt
+            done += 1
+        return rename(self, target)
+
+    # A killed process clears nothing up.
+    monkeypatch.setattr("feature_store.workspace.shutil.rmtree", lambda *_, **__: None)
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "rename", killed)
+        with pytest.raises(KeyboardInterrupt):
+            append_to_training_set(schema, settings(tmp_path, "set"))
+    monkeypatch.undo()
+    assert list(tmp_path.glob("set.tmp-*"))
+    assert (tmp_path / "set").exists() == (num_renames == 0)
+    with exclusive(tmp_path / "set"):
+        assert TrainingSet.open(tmp_path / "set", verify=True).fingerprint == before
+    assert not list(tmp_path.glob("set.tmp-*"))
+    append_to_training_set(schema, settings(tmp_path, "set"))
+    assert len(versions_of(tmp_path / "set")) == 1
     TrainingSet.open(tmp_path / "set", verify=True)
 
 
