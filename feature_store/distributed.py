@@ -15,6 +15,7 @@ builds does the rest: it numbers the entities, groups the impressions, and fits,
 from __future__ import annotations
 
 import io
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -63,7 +64,7 @@ def _ray(workers: int) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    ray.init(num_cpus=workers, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    ray.init(num_cpus=workers, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     try:
         yield
     finally:

@@ -9,6 +9,7 @@ from benchmarks.build_peers import ENVIRONMENT, HISTORY, LABEL, _flatten, _panda
 from feature_store.datasets.simulator import SimulatorConfig, simulate
 
 
+@pytest.mark.slow
 def test_figures_without_fuxictr(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(ENVIRONMENT, raising=False)
     figures = run(3_000, max_length=10)
@@ -21,10 +22,11 @@ def test_figures_without_fuxictr(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_pandas_finds_the_histories_that_a_double_loop_finds(tmp_path: Path) -> None:
-    summary = simulate(SimulatorConfig(num_impressions=1_000, warm_up_clicks_per_user=20.0), tmp_path / "views")
+    summary = simulate(SimulatorConfig(num_impressions=1_000, warm_up_clicks_per_user=3.0), tmp_path / "views")
     middle = (summary.first_time + summary.last_time) // 2
+    span = summary.last_time - summary.first_time
     options = {"views": str(tmp_path / "views"), "folder": str(tmp_path), "max_length": 10}
-    options |= {"train_end": middle, "validation_end": middle + 1, "test_end": summary.last_time + 1}
+    options |= {"train_end": middle, "validation_end": middle + span // 4, "test_end": summary.last_time + 1}
     _flatten(options)
     _pandas(options)
     views = {n: pd.read_parquet(tmp_path / "views" / f"{n}.parquet") for n in ("impressions", "events")}
