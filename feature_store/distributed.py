@@ -118,7 +118,8 @@ class RayEvents:
             first_row += len(np.load(folder / f"codes-{number}.npy", mmap_mode="r"))
         spilled = self._map(spill_file, plans)
         num_of_type = {n: sum(row[f"of type {n}"] for row in spilled) for n in named_types(histories)}
-        check_types(views, num_of_type)
+        if happened.is_valid.any():
+            check_types(views, num_of_type)
         shards = [{**shared, "shard": shard, "num_files": len(plans)} for shard in range(len(bounds) - 1)]
         self._map(sort_shard, shards)
         logs = {history.name: _joined_log(folder, bounds, bit) for bit, history in enumerate(histories)}
