@@ -12,7 +12,7 @@ PYTEST := $(VENV)/bin/python -m pytest
 # What a plain test run leaves out: it takes long, or wants something that a machine may not have.
 REST := slow or dist or real_data or browser or server or gpu
 
-.PHONY: help setup demo test test-rest test-all lint format type bench wheel clean distclean
+.PHONY: help setup demo test test-rest test-all lint format type bench bench-frappe wheel clean distclean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -25,14 +25,13 @@ $(STAMP): $(wildcard requirements/*) pyproject.toml
 demo: $(STAMP)  ## the whole road in a few minutes: simulate, train, export, serve, rank
 	@$(VENV)/bin/recsys demo
 
-test: $(STAMP)  ## the tests that need nothing special
-	$(PYTEST) -m "not ($(REST))"
+test: $(STAMP)  ## the tests that need nothing special, on all cores
+	$(PYTEST) -n logical --maxprocesses 8 --dist worksteal -m "not ($(REST))"
 
 test-rest: $(STAMP)  ## the tests that `make test` leaves out; what is not there is skipped with its reason
 	$(PYTEST) -m "$(REST)" || [ $$? -eq 5 ]
 
-test-all: $(STAMP)  ## every test, once
-	$(PYTEST)
+test-all: test test-rest  ## every test, once
 
 lint: $(STAMP)  ## ruff: rules and format
 	$(VENV)/bin/ruff check
@@ -47,6 +46,9 @@ type: $(STAMP)  ## mypy, strict
 
 bench: $(STAMP)  ## every benchmark, as one JSON object
 	@$(VENV)/bin/recsys bench all --json
+
+bench-frappe: $(STAMP)  ## seven models on Frappe, five seeds (RAW=folder; FUXICTR=its Python, to train it too)
+	$(VENV)/bin/python -m benchmarks.frappe --raw "$(RAW)" --output runs/frappe $(if $(FUXICTR),--fuxictr "$(FUXICTR)")
 
 wheel: $(STAMP)  ## dist/*.whl
 	$(VENV)/bin/python -m pip wheel --disable-pip-version-check -q --no-deps --no-build-isolation --wheel-dir dist .

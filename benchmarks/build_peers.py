@@ -253,7 +253,7 @@ def _flatten(options: Mapping[str, Any]) -> float:
 def _fuxictr(options: Mapping[str, Any]) -> float:
     import shutil
 
-    from fuxictr.preprocess import FeatureProcessor, build_dataset  # type: ignore[import-not-found]
+    from fuxictr.preprocess import FeatureProcessor, build_dataset
 
     shutil.rmtree(f"{options['folder']}/fuxictr", ignore_errors=True)
     features: list[dict[str, Any]] = [

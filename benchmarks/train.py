@@ -88,7 +88,7 @@ def _train(training_set: TrainingSet, batch_size: int, steps: int, repeats: int,
         torch.manual_seed(seed)
         model = build_model(DINConfig(), training_set.schema, training_set.encoder.table_sizes)
         strategy = SingleProcess("cpu")
-        network, optimizer, _ = strategy.prepare(model, config.embedding_optimizer, config.dense_optimizer)
+        network, optimizer, *_ = strategy.prepare(model, config.embedding_optimizer, config.dense_optimizer)
         objective = Objective(training_set.schema, {})
         loader = BatchLoader(training_set, "train", batch_size, config.shuffle, seed=seed, prefetch=0)
         batches = iter(loader)

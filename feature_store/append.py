@@ -12,6 +12,8 @@ The rules:
   again by a new file of its view is a repeated key, as in a build.
 * **Vocabularies** grow behind their last id, by the values of new rows of the training period that occur there
   ``min_count`` times; ids stay what they are. Quantiles, means and deviations stay as they were fitted.
+* **Times** of the new files are checked by themselves (:mod:`feature_store.time_spans`). They may lack an event type.
+* **Derived values** and versions of attributes reach back over all files: a schema that has them is refused.
 * **Splits** may move forward: boundaries may be later than before, never earlier. Requests change their split then,
   and no file does.
 
@@ -25,7 +27,7 @@ from __future__ import annotations
 import os
 import shutil
 import time as clock
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -43,7 +45,8 @@ from feature_store.tables import encoded, write_impressions
 from feature_store.views import Views
 from feature_store.workspace import exclusive, replacing, versions_folder, versions_of
 from recsys.encoding import EncodedColumn, Encoder, Ragged
-from recsys.errors import SourceError
+from recsys.errors import ConfigError, SourceError
+from recsys.files import check_can_write, write_json
 from recsys.schema import Schema
 from recsys.training_set import (
     ITEM_ROW,
@@ -56,7 +59,6 @@ from recsys.training_set import (
     joined_column,
     open_table,
     start_column,
-    write_json,
     write_table,
 )
 
@@ -75,11 +77,19 @@ def append_to_training_set(schema: Schema, data: DataConfig) -> BuildSummary:
         data: where it is; its split may be later than that of the set.
 
     Raises:
+        ConfigError: the schema has derived values, or the result's folder cannot be written.
         IntegrityError: there is no training set.
         SourceError: something other than new files is new, or rows that were left out would now belong to a split.
         QuarantineError: too many new rows are broken.
     """
+    if schema.derived:
+        raise ConfigError(
+            f"derived must be empty where a set is appended to, got {len(schema.derived)} derived values: theirs reach "
+            "back over all files",
+            hint=_REBUILD,
+        )
     folder = Path(data.training_set).resolve()
+    check_can_write(folder, name="data.training_set")
     with exclusive(folder):
         old = TrainingSet.open(folder)
         inputs = inputs_of(schema, data)
@@ -327,6 +337,7 @@ class _Append:
             bytes=sum(int(entry["bytes"]) for entry in files.values()),
             seconds=round(clock.perf_counter() - began, 3),
             notes=views.notes,
+            time_spans=_widened(before.get("time_spans", {}), joined.time_spans),
         )
         source_rows = dict(self.old.manifest["source_rows"])
         for view, source in views.sources.items():
@@ -387,6 +398,15 @@ def _ranges(start: np.ndarray, length: np.ndarray) -> np.ndarray:
 
 def _taken(column: EncodedColumn, rows: np.ndarray) -> EncodedColumn:
     return column.take(rows) if isinstance(column, Ragged) else column[rows]
+
+
+def _widened(before: Mapping[str, Sequence[str]], now: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
+    """Spans of everything: texts of one format and one zone are in the order of their times."""
+    spans = {log: list(span) for log, span in before.items()}
+    for log, (first, last) in now.items():
+        earlier = spans.get(log, [first, last])
+        spans[log] = [min(first, earlier[0]), max(last, earlier[1])]
+    return spans
 
 
 def _added(before: Mapping[str, Mapping[str, int]], now: Mapping[str, Mapping[str, int]]) -> dict[str, dict[str, int]]:

@@ -24,7 +24,7 @@ import time as clock
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -38,12 +38,13 @@ from feature_store.joined import EventWork, Joined
 from feature_store.split import SplitConfig, microseconds
 from feature_store.tables import write_tables
 from feature_store.views import Views, view_format, view_paths
-from feature_store.workspace import exclusive, replacing, sync
+from feature_store.workspace import exclusive, replacing
 from recsys.config import Config, fingerprint
 from recsys.encoding import Encoder
 from recsys.errors import RecsysError, SourceError
+from recsys.files import check_can_write, sha256_of, sync, write_json
 from recsys.schema import Schema
-from recsys.training_set import FORMAT_VERSION, TrainingSet, sha256_of, write_json
+from recsys.training_set import FORMAT_VERSION, TrainingSet
 
 __all__ = ["BuildSummary", "DataConfig", "SplitConfig", "build_training_set"]
 
@@ -54,8 +55,14 @@ BUILD_VERSION = 2
 class DataConfig(Config):
     """What a training set is built from, and where it goes."""
 
-    views: str = Field(min_length=1, description="folder or fsspec address that view paths are relative to")
-    training_set: str = Field(min_length=1, description="folder of the result; replaced if it holds a training set")
+    views: str = Field(
+        min_length=1,
+        description="folder (relative to the working folder) or fsspec address that view paths are relative to",
+    )
+    training_set: str = Field(
+        min_length=1,
+        description="folder of the result, relative to the working folder; replaced if it holds a training set",
+    )
     split: SplitConfig
     max_quarantined_fraction: float = Field(
         0.1, ge=0.0, le=1.0, description="a view with a larger share of broken rows fails the build"
@@ -88,7 +95,8 @@ class BuildSummary:
         seconds: time taken.
         skipped: the set was there already, built from the same inputs.
         notes: what is no fault, but worth knowing: parts without rows, columns without values, histories longer than
-            what a batch reads, event types that never occur.
+            what a batch reads, event types that never occur, times that hardly overlap.
+        time_spans: first and last time of ``impressions`` and of each event type, as ISO 8601 text.
     """
 
     training_set: str
@@ -107,6 +115,7 @@ class BuildSummary:
     seconds: float
     skipped: bool = False
     notes: Sequence[str] = ()
+    time_spans: Mapping[str, list[str]] = field(default_factory=dict)
 
     @property
     def num_rows(self) -> int:
@@ -145,12 +154,15 @@ def build_training_set(
         work: who looks through the events and sorts them; this process if not given. The result is the same.
 
     Raises:
-        SourceError: a file or column is missing or of the wrong type, or the training period is empty.
+        ConfigError: the result's folder cannot be written.
+        SourceError: a file or column is missing or of the wrong type, times cannot be meant
+            (:mod:`feature_store.time_spans`), or the training period is empty.
         EncodingError: a value cannot be encoded as its feature declares.
         QuarantineError: too many rows of a view are broken.
     """
     # Resolved, so that a link keeps pointing at the set, and the work lies on the disk of the result.
     folder = Path(data.training_set).resolve()
+    check_can_write(folder, name="data.training_set")
     with _stages(progress, _num_stages(schema)) as stage, exclusive(folder):
         inputs = inputs_of(schema, data)
         if not force:
@@ -234,6 +246,7 @@ def _build(
         bytes=sum(int(entry["bytes"]) for entry in files.values()),
         seconds=round(clock.perf_counter() - began, 3),
         notes=views.notes,
+        time_spans={log: list(times) for log, times in joined.time_spans.items()},
     )
     source_rows = {view: source.num_rows for view, source in views.sources.items()}
     write_json(folder / "manifest.json", manifest_of(schema, data, encoder, summary, inputs, files, source_rows))
@@ -304,8 +317,8 @@ def describe_files(folder: Path, but: Container[str] = ()) -> dict[str, dict[str
 
 
 def _num_stages(schema: Schema) -> int:
-    """Opening, six of joining, one a feature, users, items, one a history, three splits, checksums."""
-    return 1 + 6 + len(schema.all_features) + 2 + len(schema.histories) + 3 + 1
+    """Opening, six of joining, derived values, one a feature, users, items, one a history, three splits, checksums."""
+    return 1 + 6 + bool(schema.derived) + len(schema.all_features) + 2 + len(schema.histories) + 3 + 1
 
 
 @contextmanager

@@ -9,7 +9,8 @@ Events are by far the most rows. Three Ray Data pipelines go over them:
 
 A task holds one file or one shard in memory. What tasks hand to each other lies in the staging folder, which all
 workers must see: on one machine it is a folder of the disk, on a cluster one that is shared. The process that
-builds does the rest: it numbers the entities, groups the impressions, and fits, encodes and writes.
+builds does the rest: it numbers the entities, groups the impressions, computes derived values, and fits, encodes and
+writes.
 """
 
 from __future__ import annotations
@@ -27,11 +28,13 @@ import pyarrow as pa
 
 from feature_store.build import BuildSummary, DataConfig, build_training_set
 from feature_store.entities import Entities
+from feature_store.event_checks import EventChecks
 from feature_store.event_log import EventLog
 from feature_store.event_shards import EventBlock, EventShards, sorted_events
-from feature_store.joined import Happened, check_types, event_columns, named_types, numbered, user_bounds
+from feature_store.joined import Happened, event_columns, numbered, user_bounds
 from feature_store.quarantine import code_of
 from feature_store.sources import to_arrow
+from feature_store.time_spans import TimeCounts
 from feature_store.views import Views
 from recsys.config import validate
 from recsys.encoding import KeyIndex
@@ -102,7 +105,7 @@ class RayEvents:
         return Happened(codes == 0, keys)
 
     def logs(
-        self, views: Views, happened: Happened, users: Entities, items: Entities
+        self, views: Views, happened: Happened, users: Entities, items: Entities, checks: EventChecks
     ) -> tuple[dict[str, EventLog], int]:
         """See :class:`~feature_store.joined.EventWork`."""
         folder, histories = _folder(views), views.schema.histories
@@ -110,16 +113,18 @@ class RayEvents:
         for scope, entities in (("users", users), ("items", items)):
             pl.DataFrame({"key": pl.Series(entities.index.keys)}).write_ipc(folder / f"{scope}.arrow")
         np.save(folder / "bounds.npy", bounds)
-        shared = {"folder": str(folder), "schema": views.schema.model_dump_json()}
+        shared: Row = {"folder": str(folder), "schema": views.schema.model_dump_json()}
+        first, last = checks.times.impressions or (-1, -1)
         plans, first_row = [], 0
         for number, scan in enumerate(views.sources["events"].scans):
             plan = {"number": number, "plan": _packed(scan.select(**event_columns(views))), "first_row": first_row}
-            plans.append({**shared, **plan, "num_events": len(happened.is_valid)})
+            span = {"first_impression": first, "last_impression": last}
+            plans.append({**shared, **plan, **span, "num_events": len(happened.is_valid)})
             first_row += len(np.load(folder / f"codes-{number}.npy", mmap_mode="r"))
         spilled = self._map(spill_file, plans)
-        num_of_type = {n: sum(row[f"of type {n}"] for row in spilled) for n in named_types(histories)}
-        if happened.is_valid.any():
-            check_types(views, num_of_type)
+        for plan in plans:
+            checks.times.merge(pl.read_ipc(folder / f"times-{plan['number']}.arrow"))
+        checks.run()
         shards = [{**shared, "shard": shard, "num_files": len(plans)} for shard in range(len(bounds) - 1)]
         self._map(sort_shard, shards)
         logs = {history.name: _joined_log(folder, bounds, bit) for bit, history in enumerate(histories)}
@@ -164,7 +169,7 @@ def scan_file(row: Row) -> Row:
 
 
 def spill_file(row: Row) -> Row:
-    """Numbers the valid events of a file and writes them shard by shard."""
+    """Numbers the valid events of a file and writes them shard by shard; counts their times by type."""
     folder, number = Path(row["folder"]), row["number"]
     schema = validate(Schema, _parsed(row["schema"]), source="schema")
     users, items = (KeyIndex(_keys(folder / f"{scope}.arrow")) for scope in ("users", "items"))
@@ -172,7 +177,12 @@ def spill_file(row: Row) -> Row:
     rows = slice(row["first_row"], row["first_row"] + block.height)
     is_valid = np.load(folder / "is_valid.npy", mmap_mode="r")[rows]
     source_row = np.arange(rows.start, rows.stop)[is_valid]
-    found, of_type = numbered(source_row, block.filter(is_valid), users, items, schema.histories)
+    valid = block.filter(is_valid)
+    impressions = None if row["first_impression"] < 0 else (row["first_impression"], row["last_impression"])
+    times = TimeCounts(impressions, is_typed="type" in valid.columns)
+    times.add(valid["time"], valid["type"] if times.is_typed else None)
+    times.by_type.write_ipc(folder / f"times-{number}.arrow")
+    found = numbered(source_row, valid, users, items, schema.histories)
     bounds = np.load(folder / "bounds.npy")
     shards = EventShards(
         bounds,
@@ -185,8 +195,7 @@ def spill_file(row: Row) -> Row:
     for shard in range(shards.num_shards):
         events = shards.take(shard)
         np.savez(folder / f"events-{number}-{shard}.npz", *events.columns)
-    counts = {f"of type {name}": count for name, count in of_type.items()}
-    return {"num_unused": len(source_row) - found.num_events, **counts}
+    return {"num_unused": len(source_row) - found.num_events}
 
 
 def sort_shard(row: Row) -> Row:

@@ -118,7 +118,10 @@ def find_files(view: str, root: Path, pattern: str, declared: FormatSpec | None 
     if not files:
         beside = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
         place = f"holds no {_any_format()} file" if path.is_dir() else "does not exist"
-        raise SourceError(f"{field}: {path} {place}", hint=nearest(path.name, beside) if beside else None)
+        hint = nearest(path.name, beside) if beside else None
+        if hint is None and not root.is_absolute():
+            hint = f"data.views {str(root)!r} is relative to the working folder, {Path.cwd()}"
+        raise SourceError(f"{field}: {path.absolute()} {place}", hint=hint)
     _check_formats(field, str(path), [str(f) for f in files], declared)
     return tuple(sorted(files, key=lambda p: p.as_posix()))
 

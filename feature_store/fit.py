@@ -30,7 +30,7 @@ def fit_encoder(joined: Joined, train: slice, *, train_end: int, stage: Callable
     fitter = EncoderFitter(joined.schema)
 
     def update(feature: Feature, column: pa.Array[Any], weights: np.ndarray | None = None) -> None:
-        if column.null_count == len(column):
+        if 0 < len(column) == column.null_count:
             _note_empty(joined, feature)
         fitter.update(feature.name, column, weights)
 
@@ -64,6 +64,11 @@ def fit_encoder(joined: Joined, train: slice, *, train_end: int, stage: Callable
 
 def _note_empty(joined: Joined, feature: Feature) -> None:
     """Says that a feature has nothing to learn from."""
+    if joined.schema.derived_of(feature) is not None:
+        joined.views.notes.append(
+            f"feature {feature.name!r}: its derived value is missing in the whole training period"
+        )
+        return
     source = joined.views.sources.get(VIEW_OF_SCOPE[feature.scope])
     if source is not None and source.num_rows:
         joined.views.notes.append(

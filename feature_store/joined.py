@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Protocol, Self
 
@@ -11,7 +11,9 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 
+from feature_store.derived import compute_derived
 from feature_store.entities import Entities
+from feature_store.event_checks import EventChecks
 from feature_store.event_log import EventLog
 from feature_store.event_shards import (
     DistinctKeys,
@@ -24,9 +26,11 @@ from feature_store.event_shards import (
 )
 from feature_store.point_in_time import Requests
 from feature_store.sources import feature_use, to_arrow
+from feature_store.time_spans import check_unit, span
 from feature_store.views import Views
+from recsys.derived import AsOf, Derived
 from recsys.encoding import KeyIndex
-from recsys.errors import SourceError, nearest
+from recsys.errors import SourceError
 from recsys.schema import Feature, History, Schema
 from recsys.training_set import Table
 
@@ -38,9 +42,12 @@ class EventWork(Protocol):
         """Checks every event, finds the keys."""
 
     def logs(
-        self, views: Views, happened: Happened, users: Entities, items: Entities
+        self, views: Views, happened: Happened, users: Entities, items: Entities, checks: EventChecks
     ) -> tuple[dict[str, EventLog], int]:
-        """The event log of each history, and how many events are in none."""
+        """The event log of each history, and how many events are in none.
+
+        Every valid event is counted by ``checks``, which are run before the events are sorted.
+        """
 
 
 class LocalEvents:
@@ -51,10 +58,10 @@ class LocalEvents:
         return Happened.scan(views)
 
     def logs(
-        self, views: Views, happened: Happened, users: Entities, items: Entities
+        self, views: Views, happened: Happened, users: Entities, items: Entities, checks: EventChecks
     ) -> tuple[dict[str, EventLog], int]:
         """See :class:`EventWork`."""
-        return _event_logs(views, happened, users, items)
+        return _event_logs(views, happened, users, items, checks)
 
 
 @dataclass(frozen=True)
@@ -71,6 +78,9 @@ class Joined:
         user_row: ``(R,)`` int64, row of the users table of each request.
         logs: the event log of each history.
         num_unused_events: events that are in no history.
+        time_spans: first and last time of the impressions and of each event type, as ISO 8601 text.
+        derived: of each derived value, one a request or one an impression by its scope: numbers, NaN where missing; of
+            versions, the row of their view, -1 where there is none.
     """
 
     views: Views
@@ -82,6 +92,8 @@ class Joined:
     user_row: np.ndarray
     logs: Mapping[str, EventLog]
     num_unused_events: int
+    time_spans: Mapping[str, tuple[str, str]]
+    derived: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     @classmethod
     def join(
@@ -104,7 +116,8 @@ class Joined:
 
         Raises:
             QuarantineError: too many rows of a view are broken.
-            SourceError: a history finds none of its event types.
+            SourceError: a history finds none of its event types; the times of a log cannot be meant
+                (:mod:`feature_store.time_spans`); or a derived value cannot be computed.
         """
         stage("Checking impressions")
         shown = views.valid_rows("impressions")
@@ -123,9 +136,15 @@ class Joined:
         user_row = users.rows_of(views.keys("impressions", "user").gather(shown))
         item_row = items.rows_of(views.keys("impressions", "item").gather(shown))
         requests = _requests(views, shown, user_row, item_row)
+        views.notes += check_unit(requests.time, views.time_column("impressions"))
         stage("Sorting events")
-        logs, num_unused = _no_logs(views, users) if happened is None else work.logs(views, happened, users, items)
-        return cls(
+        checks = EventChecks(views, _first_and_last(requests), is_whole=known is None)
+        if happened is None:
+            logs, num_unused = _no_logs(views, users)
+        else:
+            logs, num_unused = work.logs(views, happened, users, items, checks)
+        shown_span = span(requests.time)
+        joined = cls(
             views=views,
             users=users,
             items=items,
@@ -135,7 +154,13 @@ class Joined:
             user_row=user_row[requests.order[requests.row_start]],
             logs=logs,
             num_unused_events=num_unused,
+            time_spans=checks.spans if shown_span is None else {"impressions": shown_span, **checks.spans},
         )
+        if not views.schema.derived:
+            return joined
+        stage("Computing derived values")
+        rows = None if happened is None else np.flatnonzero(happened.is_valid)
+        return replace(joined, derived=compute_derived(joined, rows))
 
     @property
     def schema(self) -> Schema:
@@ -149,6 +174,9 @@ class Joined:
 
     def context_column(self, feature: Feature, requests: slice) -> pa.Array[Any]:
         """Raw values of a context feature, one a request."""
+        derived = self.schema.derived_of(feature)
+        if derived is not None:
+            return self._derived_column(feature, derived, requests)
         if self.views.reads_time(feature):
             times: pa.Array[Any] = pa.array(self.requests.time[requests])
             return times
@@ -156,10 +184,20 @@ class Joined:
 
     def candidate_column(self, feature: Feature, rows: slice) -> pa.Array[Any]:
         """Raw values of a candidate feature, one an impression."""
+        derived = self.schema.derived_of(feature)
+        if derived is not None:
+            return self._derived_column(feature, derived, rows)
         if self.views.reads_time(feature):
             times: pa.Array[Any] = pa.array(self.views.time("impressions")[self.source_row[rows]])
             return times
         return to_arrow(self.views.values(feature).gather(self.source_row[rows]))
+
+    def _derived_column(self, feature: Feature, derived: Derived, rows: slice) -> pa.Array[Any]:
+        found = self.derived[derived.name][rows]
+        if isinstance(derived, AsOf):
+            return to_arrow(self.views.version_values(feature, derived).gather(pl.Series(found).replace(-1, None)))
+        numbers: pa.Array[Any] = pa.array(found, from_pandas=True)
+        return numbers
 
     def event_column(self, feature: Feature, history: str) -> pa.Array[Any]:
         """Raw values of an event feature, one an event of the history's log."""
@@ -203,7 +241,7 @@ class Happened:
         return cls(is_valid, {scope: found.result() for scope, found in distinct.items()})
 
     def blocks(self, views: Views) -> Iterator[tuple[np.ndarray, pl.DataFrame]]:
-        """Source rows, keys and times of the valid events, and for each type whether they are of it; some at a time."""
+        """Source rows of the valid events, and the columns of :func:`event_columns`; some at a time."""
         num_rows = 0
         for block in views.sources["events"].blocks(event_columns(views)):
             is_valid = self.is_valid[num_rows : num_rows + block.height]
@@ -251,6 +289,11 @@ def _behind(known: pl.Series, order: Callable[[pl.Series], pl.Series], keys: pl.
     return pl.concat([known, order(keys.filter(~keys.is_in(known.implode())))])
 
 
+def _first_and_last(requests: Requests) -> tuple[int, int] | None:
+    """Time of the first request and of the last; they are sorted by time."""
+    return (int(requests.time[0]), int(requests.time[-1])) if requests.num_requests else None
+
+
 def _no_logs(views: Views, users: Entities) -> tuple[dict[str, EventLog], int]:
     """Empty logs, of a schema with histories whose events are not read."""
     nothing = np.empty(0, dtype=np.int64)
@@ -277,7 +320,9 @@ def _requests(views: Views, shown: np.ndarray, user_row: np.ndarray, item_row: n
     return requests.without(contradictory)
 
 
-def _event_logs(views: Views, happened: Happened, users: Entities, items: Entities) -> tuple[dict[str, EventLog], int]:
+def _event_logs(
+    views: Views, happened: Happened, users: Entities, items: Entities, checks: EventChecks
+) -> tuple[dict[str, EventLog], int]:
     """The event log of each history, and how many events are in none."""
     histories = views.schema.histories
     shards = EventShards(
@@ -287,23 +332,20 @@ def _event_logs(views: Views, happened: Happened, users: Entities, items: Entiti
         num_histories=len(histories),
         folder=views.staging / "shards",
     )
-    num_of_type = dict.fromkeys(named_types(histories), 0)
     num_unused = 0
     for source_row, block in happened.blocks(views):
-        found, of_type = numbered(source_row, block, users.index, items.index, histories)
+        checks.see(block)
+        found = numbered(source_row, block, users.index, items.index, histories)
         shards.add(found)
         num_unused += block.height - found.num_events
-        for name, count in of_type.items():
-            num_of_type[name] += count
-    if happened.is_valid.any():
-        check_types(views, num_of_type)
+    checks.run()
     return dict(zip([h.name for h in histories], shards.logs(), strict=True)), num_unused
 
 
 def numbered(
     source_row: np.ndarray, block: pl.DataFrame, users: KeyIndex, items: KeyIndex, histories: Sequence[History]
-) -> tuple[EventBlock, dict[str, int]]:
-    """The events of a block that some history holds, by rows of users and items; and how many are of each type.
+) -> EventBlock:
+    """The events of a block that some history holds, by rows of users and items.
 
     Args:
         source_row: ``(n,)`` int64.
@@ -312,7 +354,7 @@ def numbered(
         items: their keys, in the order of their table.
         histories: of the schema.
     """
-    is_of_type = {name: block[f"is {name}"].to_numpy() for name in named_types(histories)}
+    is_of_type = {name: block[f"is {name}"].to_numpy() for name in _named_types(histories)}
     member = np.zeros(block.height, dtype=np.uint64)
     for bit, history in enumerate(histories):
         if history.event_types is None:
@@ -324,17 +366,17 @@ def numbered(
     )
     found = EventBlock(source_row, user_row, item_row, block["time"].to_numpy(), member)
     is_used = member > 0
-    used = found if is_used.all() else EventBlock(*(column[is_used] for column in found.columns))
-    return used, {name: int(np.count_nonzero(is_of)) for name, is_of in is_of_type.items()}
+    return found if is_used.all() else EventBlock(*(column[is_used] for column in found.columns))
 
 
 def event_columns(views: Views) -> dict[str, pl.Expr]:
-    """Keys and times of the events, and for each type that histories name whether they are of it."""
+    """Keys, times and types of the events, and for each type that histories name whether they are of it."""
     columns = {scope: views.key_expression("events", scope) for scope in ("user", "item")}
     columns["time"] = views.time_expression("events")
     types = views.event_type_expression()
     if types is not None:
-        columns |= {f"is {n}": (types == n).fill_null(False) for n in named_types(views.schema.histories)}
+        columns["type"] = types
+        columns |= {f"is {n}": (types == n).fill_null(False) for n in _named_types(views.schema.histories)}
     return columns
 
 
@@ -345,28 +387,6 @@ def user_bounds(users: Entities) -> np.ndarray:
     return shard_bounds(keys) + 1 if is_in_order else runs_of_rows(users.num_rows)
 
 
-def named_types(histories: Sequence[History]) -> tuple[str, ...]:
+def _named_types(histories: Sequence[History]) -> tuple[str, ...]:
     """The event types that histories name, each once."""
     return tuple(dict.fromkeys(name for h in histories for name in h.event_types or ()))
-
-
-def check_types(views: Views, num_of_type: Mapping[str, int]) -> None:
-    """Says which event types never occur; refuses a history none of whose types does."""
-    types = views.event_types()
-    if types is None or len(types) == 0 or all(num_of_type.values()):
-        return
-    present = types.drop_nulls().unique().sort().to_list()
-    for history in views.schema.histories:
-        if history.event_types is None:
-            continue
-        absent = sorted(name for name in set(history.event_types) if not num_of_type[name])
-        if len(absent) == len(set(history.event_types)):
-            raise SourceError(
-                f"{views.sources['events'].place}: history {history.name!r} must find events of type "
-                f"{', '.join(history.event_types)}, got none",
-                hint=nearest(history.event_types[0], present),
-            )
-        views.notes += [
-            f"history {history.name!r}: there is no event of type {name!r} ({nearest(name, present)})"
-            for name in absent
-        ]

@@ -21,6 +21,7 @@ import polars as pl
 import pyarrow as pa
 
 from feature_store.build import DataConfig
+from feature_store.recompute_derived import DerivedTruth
 from feature_store.sources import to_arrow
 from feature_store.views import Views
 from recsys.encoding import EncodedColumn, Ragged
@@ -142,6 +143,7 @@ class _Truth:
 
     def __init__(self, training_set: TrainingSet, views: Views, chosen: list[tuple[Split, np.ndarray]]) -> None:
         self.training_set, self.views, self.schema = training_set, views, training_set.schema
+        self._valid: dict[str, np.ndarray] = {}
         sources = np.concatenate([split.impressions.array(SOURCE_ROW)[rows] for split, rows in chosen])
         self._place = {int(row): place for place, row in enumerate(sources)}
         self._sources = sources
@@ -150,9 +152,16 @@ class _Truth:
         self._own_time = views.time("impressions")[sources].tolist()
         self._request_time = self._find_request_times()
         self._labels = {task.name: views.labels(task)[sources] for task in self.schema.tasks}
+        self._derived = DerivedTruth(views, self._valid_rows, self._users, self._items, self._request_time)
         self._encoded = {f.name: self._encode(f) for f in self.schema.features}
         self._events = self._find_events()
         self._event_values = self._encode_events()
+
+    def _valid_rows(self, view: str) -> np.ndarray:
+        """Rows of a view that are not set aside; looked for once, or they would be counted again each time."""
+        if view not in self._valid:
+            self._valid[view] = self.views.valid_rows(view)
+        return self._valid[view]
 
     def _find_request_times(self) -> list[int]:
         """The earliest valid impression of each sampled request."""
@@ -160,7 +169,7 @@ class _Truth:
         if keys is None:
             return list(self._own_time)
         wanted = keys.gather(self._sources).to_list()
-        valid = self.views.valid_rows("impressions")
+        valid = self._valid_rows("impressions")
         keys_of_valid, times = keys.gather(valid).to_list(), self.views.time("impressions")[valid].tolist()
         earliest: dict[Any, int] = dict.fromkeys(wanted, 2**63 - 1)
         for key, time in zip(keys_of_valid, times, strict=True):
@@ -172,7 +181,7 @@ class _Truth:
         """The first valid row of each entity in its view, None without one."""
         if view not in self.views.sources:
             return [None] * len(wanted)
-        valid = self.views.valid_rows(view)
+        valid = self._valid_rows(view)
         first: dict[Any, int | None] = dict.fromkeys(wanted)
         for row, key in zip(valid.tolist(), self.views.keys(view, scope).gather(valid).to_list(), strict=True):
             if key in first and first[key] is None:
@@ -184,7 +193,9 @@ class _Truth:
         return self.training_set.encoder.encode(feature.name, self._raw(feature))
 
     def _raw(self, feature: Feature) -> pa.Array[Any]:
-        views = self.views
+        views, derived = self.views, self.schema.derived_of(feature)
+        if derived is not None:
+            return self._derived.raw(feature, derived)
         if feature.scope in ("user", "item"):
             scope, view = feature.scope, f"{feature.scope}s"
             keys = self._users if scope == "user" else self._items
@@ -202,7 +213,7 @@ class _Truth:
         events: dict[Any, list[dict[str, Any]]] = {user: [] for user in self._users}
         if "events" not in self.views.sources:
             return events
-        valid = self.views.valid_rows("events")
+        valid = self._valid_rows("events")
         users = self.views.keys("events", "user").gather(valid)
         rows = valid[users.is_in(pl.Series(list(events), dtype=users.dtype).implode()).to_numpy()]
         types = self.views.event_types()

@@ -26,6 +26,7 @@ from typing import Any, Literal
 import numpy as np
 import polars as pl
 import pyarrow as pa
+from polars.exceptions import PolarsError
 
 from feature_store.files import Located, find_files, locate, partition_values
 from feature_store.formats import READ_ERRORS, DataFile, Opened, format_of, open_file, reason_of
@@ -188,6 +189,22 @@ class Source:
         except READ_ERRORS as err:
             raise SourceError(f"{self._broken_file()} cannot be read: {reason_of(err)}") from err
 
+    def computed(self, expression: pl.Expr, uses: Sequence[Use], reader: str) -> pl.Series:
+        """An expression over all rows, in order, of columns as their uses read them.
+
+        Raises:
+            SourceError: it cannot be computed of what the columns hold.
+        """
+        typed = self.frame.select(**{use.column: self.typed(use) for use in uses})
+        try:
+            return typed.select(value=expression).collect().to_series()
+        except PolarsError as err:
+            kinds = ", ".join(f"{use.column}: {_words(self.kinds[use.column])}" for use in uses)
+            raise SourceError(
+                f"{self.place}: {reader} must fit its columns ({kinds}), got {type(err).__name__}",
+                hint="compare numbers with numbers and text with text; CAST(x AS DOUBLE) makes a number of text",
+            ) from err
+
     def _broken_file(self) -> str:
         """The first file that cannot be read by itself; all of them if each can."""
         for file, scan in zip(self.files, self.scans, strict=True):
@@ -276,6 +293,11 @@ class Source:
         is_integer = text.str.contains(_INTEGER_TEXT) & text.cast(pl.Int64, strict=False).is_not_null()
         counted = self.read({"integers": is_integer.sum(), "values": text.count()})
         return int(counted["integers"][0]), int(counted["values"][0])
+
+    def begins_with_integer(self, column: str) -> bool:
+        """Whether the first value of a text column is written as an integer."""
+        first = self.frame.select(pl.col(column).drop_nulls().head(1)).head(1).collect().to_series()
+        return bool(first.str.contains(_INTEGER_TEXT).any())
 
     def rows(self, source_rows: np.ndarray) -> pl.DataFrame:
         """Some rows as they are in the source, by their numbers."""

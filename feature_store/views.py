@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Container, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import polars as pl
 
+from feature_store.expressions import row_expression
 from feature_store.quarantine import Quarantine, checked_blocks
 from feature_store.sources import (
     VIEW_OF_SCOPE,
@@ -18,25 +20,39 @@ from feature_store.sources import (
     settle_key_types,
     settle_value_types,
 )
-from recsys.schema import EventsView, Feature, FormatSpec, ImpressionsView, Schema, Task
+from feature_store.time_spans import TimeColumn
+from recsys.derived import AsOf, Mean, Ratio, Sum, Windowed
+from recsys.schema import EventsView, Feature, FormatSpec, ImpressionsView, Schema, Task, VersionedView
 
 
 def view_paths(schema: Schema) -> dict[str, str]:
-    """Path of each view that is read, relative to the folder of views. Events are read only for histories."""
+    """Path of each view that is read, relative to the folder of views; events only if something is made of them."""
     views = schema.views
     paths = {"impressions": views.impressions.path}
-    if views.events is not None and schema.histories:
+    is_derived_of = any(d.source == "events" for d in windowed(schema))
+    if views.events is not None and (schema.histories or is_derived_of):
         paths["events"] = views.events.path
     if views.users is not None:
         paths["users"] = views.users.path
     if views.items is not None:
         paths["items"] = views.items.path
+    paths.update({view.name: view.path for view in views.versions})
     return paths
+
+
+def windowed(schema: Schema) -> list[Windowed]:
+    """The derived values that are computed from rows of a log."""
+    return [d for d in schema.derived if not isinstance(d, Ratio | AsOf)]
+
+
+def version_view(schema: Schema, name: str) -> VersionedView | None:
+    """A view of versions; None if the name is that of another view."""
+    return next((view for view in schema.views.versions if view.name == name), None)
 
 
 def view_format(schema: Schema, view: str) -> FormatSpec | None:
     """The declared format of a view; None if its files' names tell."""
-    declared = getattr(schema.views, view)
+    declared = version_view(schema, view) or getattr(schema.views, view)
     return None if declared is None else declared.format
 
 
@@ -87,8 +103,9 @@ class Views:
             if only is None or view in only
         }
         self.notes: list[str] = [note for source in self.sources.values() for note in source.notes]
-        self._settle({v: self.key_column(v, "user") for v in ("impressions", "events", "users") if v in self.sources})
-        self._settle({v: self.key_column(v, "item") for v in ("impressions", "events", "items") if v in self.sources})
+        for scope in ("user", "item"):
+            keyed = ["impressions", "events", f"{scope}s", *(v.name for v in schema.views.versions if v.of == scope)]
+            self._settle({v: self.key_column(v, scope) for v in keyed if v in self.sources})
         request = schema.views.impressions.request
         if request is not None and request not in self.sources["impressions"].key_types:
             self._settle({"impressions": request})
@@ -122,11 +139,48 @@ class Views:
             uses["users"] = [self._key_use(views.users.key, "views.users.key")]
         if views.items is not None:
             uses["items"] = [self._key_use(views.items.key, "views.items.key")]
+        for version in views.versions:
+            uses[version.name] = [
+                self._key_use(version.key, f"views.versions: {version.name!r}: key"),
+                *self._time_uses(version.name, version.time, version.created),
+            ]
         for feature in self.schema.all_features:
-            view = VIEW_OF_SCOPE[feature.scope]
-            if view in uses and not self.reads_time(feature):
+            view, derived = VIEW_OF_SCOPE[feature.scope], self.schema.derived_of(feature)
+            if isinstance(derived, AsOf):
+                uses[derived.view].append(self._version_use(feature, derived))
+            elif derived is None and view in uses and not self.reads_time(feature):
                 uses[view].append(feature_use(self.schema, feature))
+        for spec in windowed(self.schema):
+            reader = f"derived value {spec.name!r}"
+            if spec.created is not None:
+                uses[spec.source].append(self._time_use(spec.source, spec.created, reader))
+            for text, field in self.expressions(spec):
+                _, columns = row_expression(text, f"{reader}: {field}")
+                uses[spec.source] += [Use(column, "value", reader) for column in columns]
         return uses
+
+    @staticmethod
+    def expressions(spec: Windowed) -> list[tuple[str, str]]:
+        """The expressions of a derived value, and the field that holds each."""
+        found = [] if spec.where is None else [(spec.where, "where")]
+        return [*found, (spec.value, "value")] if isinstance(spec, Sum | Mean) else found
+
+    def _version_use(self, feature: Feature, derived: AsOf) -> Use:
+        """How a feature reads a column of versions."""
+        version = version_view(self.schema, derived.view)
+        assert version is not None
+        use = feature_use(self.schema, feature)
+        return replace(use, column=derived.source_column, time_zone=version.time_zone)
+
+    def _time_use(self, view: str, column: str, reader: str) -> Use:
+        log = self._log(view)
+        assert log is not None
+        return Use(column, "time", reader, log.time_unit, time_zone=log.time_zone)
+
+    def _time_uses(self, view: str, time: str, created: str | None) -> list[Use]:
+        place = f"views.versions: {view!r}"
+        found = [self._time_use(view, time, f"{place}: time")]
+        return found if created is None else [*found, self._time_use(view, created, f"{place}: created")]
 
     def _log_uses(self, view: str, columns: ImpressionsView | EventsView) -> list[Use]:
         time = Use(columns.time, "time", f"views.{view}.time", columns.time_unit, time_zone=columns.time_zone)
@@ -145,14 +199,16 @@ class Views:
             and feature_use(self.schema, feature).role == "instant"
         )
 
-    def _log(self, view: str) -> ImpressionsView | EventsView | None:
+    def _log(self, view: str) -> ImpressionsView | EventsView | VersionedView | None:
         if view == "impressions":
             return self.schema.views.impressions
-        return self.schema.views.events if view == "events" else None
+        return self.schema.views.events if view == "events" else version_view(self.schema, view)
 
     def key_column(self, view: str, scope: str) -> str:
         """Column of a view that holds the key of the user, or of the item."""
         log = self._log(view)
+        if isinstance(log, VersionedView):
+            return log.key
         if log is not None:
             return log.user if scope == "user" else log.item
         entity = self.schema.views.users if scope == "user" else self.schema.views.items
@@ -186,6 +242,39 @@ class Views:
         use = Use(log.time, "time", view, log.time_unit, time_zone=log.time_zone)
         return self.sources[view].typed(use).fill_null(-1)
 
+    def time_column(self, view: str) -> TimeColumn:
+        """The time column of a log as messages name it; text counts as integers if its first value is one."""
+        log, source = self._log(view), self.sources[view]
+        assert log is not None
+        kind = source.kinds[log.time]
+        is_integer = kind == "integer" or (kind == "text" and source.begins_with_integer(log.time))
+        return TimeColumn(source.place, f"views.{view}", log.time, log.time_unit if is_integer else None)
+
+    def created(self, view: str, column: str) -> np.ndarray:
+        """``(num_rows,)`` int64: since when each row is known, UTC microseconds, of valid rows."""
+        use = self._time_use(view, column, "created")
+        return self.sources[view].column(use).fill_null(-1).to_numpy()
+
+    def computed(self, view: str, text: str, reader: str) -> pl.Series:
+        """An SQL expression over every row of a view; its columns are as their first use reads them.
+
+        Raises:
+            SourceError: it cannot be computed of what the columns hold.
+        """
+        expression, columns = row_expression(text, reader)
+        uses = [use for use in self.uses(view) if use.column in columns]
+        return self.sources[view].computed(expression, uses, reader)
+
+    def version_values(self, feature: Feature, derived: AsOf) -> pl.Series:
+        """Raw values of a feature in every row of its view of versions."""
+        return self.sources[derived.view].column(self._version_use(feature, derived))
+
+    def version_columns(self, view: str) -> pl.DataFrame:
+        """Everything that is read of a view of versions, but for its key and times."""
+        source = self.sources[view]
+        uses = [use for use in self.uses(view) if use.role not in ("key", "time")]
+        return source.read({use.column: source.typed(use) for use in sorted(uses, key=lambda use: use.column)})
+
     def event_types(self) -> pl.Series | None:
         """The type of every event as text; None if events have none."""
         types = self.event_type_expression()
@@ -211,7 +300,11 @@ class Views:
 
     def context_columns(self) -> dict[str, pl.Series]:
         """Raw values of what context features read, by column, in every impression."""
-        features = [f for f in self.schema.features_of("context") if not self.reads_time(f)]
+        features = [
+            f
+            for f in self.schema.features_of("context")
+            if not self.reads_time(f) and self.schema.derived_of(f) is None
+        ]
         return {f.source_column: self.values(f) for f in features}
 
     def valid_rows(self, view: str) -> np.ndarray:

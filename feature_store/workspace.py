@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from recsys.errors import SourceError
+from recsys.files import exchange, put_in_place, sync, sync_tree
 
 _MARK = "manifest.json"
 """Only a folder that holds this file, or nothing, is ever replaced."""
@@ -77,19 +78,12 @@ def replacing(folder: Path, *, keep_in: Path | None = None) -> Iterator[Path]:
     temporary.mkdir()
     try:
         yield temporary
-        sync_folders(temporary)
-        if folder.exists():
-            old = folder.with_name(f"{folder.name}.tmp-old-{token}") if keep_in is None else _next_version(keep_in)
-            folder.rename(old)
-            temporary.rename(folder)
-            sync(folder.parent)
-            if keep_in is None:
-                shutil.rmtree(old, ignore_errors=True)
-            else:
-                sync(keep_in)
+        sync_tree(temporary, files=False)  # the build has made its files durable
+        if keep_in is None:
+            put_in_place(temporary, folder, retired=folder.with_name(f"{folder.name}.tmp-old-{token}"))
         else:
-            temporary.rename(folder)
-            sync(folder.parent)
+            exchange(temporary, folder, retired=_next_version(keep_in))
+            sync(keep_in)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -109,18 +103,3 @@ def _next_version(kept: Path) -> Path:
     kept.mkdir(exist_ok=True)
     numbers = [int(p.name) for p in kept.iterdir() if p.name.isdigit()]
     return kept / f"{max(numbers, default=0) + 1:06d}"
-
-
-def sync_folders(folder: Path) -> None:
-    """Makes the names in a folder and all below it durable."""
-    for path, _, _ in os.walk(folder):
-        sync(Path(path))
-
-
-def sync(path: Path) -> None:
-    """Makes a file's content, or a folder's list of names, durable."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

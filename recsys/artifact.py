@@ -4,7 +4,8 @@
 
     manifest.json             what it is, what it needs, a checksum of every file
     encoder/                  the fitted encoder
-    tables/<table>.npy        float32 (rows, D), memory-mapped: processes on one machine share one copy
+    tables/<table>.npy        float32 (rows, D), memory-mapped: processes on one machine share one copy; a model with
+                              further spaces of vectors has tables/<table>@<space>.npy too
     network.pt2               torch.export program of any number of requests
     network.single.pt2        the same of one request: what a service runs where there is no compiled program
     network.single.aoti.pt2   that program compiled (AOTInductor), where a C++ compiler was at hand
@@ -21,11 +22,10 @@ Shapes: R requests, N candidates (rows), L longest history of the batch, D width
 from __future__ import annotations
 
 import glob
-import json
 import os
 import secrets
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -37,15 +37,12 @@ from torch import Tensor
 
 from recsys.batch import Bags, Batch, Column, HistoryBatch
 from recsys.config import fingerprint, validate
-from recsys.embedded import Embedded, EmbeddedHistory
+from recsys.embedded import Embedded, EmbeddedHistory, Space
 from recsys.encoding.encoder import Encoder
 from recsys.errors import ArtifactError, ConfigError, IntegrityError, SchemaError, nearest
-from recsys.schema import Schema
-from recsys.training_set import sha256_of, write_json
-
-FORMAT = "recsys.artifact"
-FORMAT_VERSION = 1
-MANIFEST = "manifest.json"
+from recsys.files import put_in_place, sha256_of, sync, sync_tree, write_json
+from recsys.manifest import EXPORT_AGAIN, FORMAT, FORMAT_VERSION, MANIFEST, read_manifest
+from recsys.schema import Categorical, Schema
 
 Form = Literal["many", "single"]
 PORTABLE: dict[Form, str] = {"many": "network.pt2", "single": "network.single.pt2"}
@@ -55,8 +52,6 @@ FEATURES = "features"
 TOLERANCE = 1e-5
 """A replayed logit ``x`` may be off by so much times ``max(1, |x|)``."""
 
-_EXPORT_AGAIN = "export the artifact again with `recsys export RUN`"
-
 X86_64_V3 = ("avx2", "fma3", "f16c", "bmi", "bmi2", "lzcnt")
 """What the instruction set level x86-64-v3 promises, in the words of ``torch.cpu.get_capabilities()``."""
 
@@ -64,18 +59,23 @@ X86_64_V3 = ("avx2", "fma3", "f16c", "bmi", "bmi2", "lzcnt")
 # What programs take
 
 
-def input_names(schema: Schema, form: Form) -> list[str]:
+def input_names(schema: Schema, form: Form, spaces: Sequence[Space] = ()) -> list[str]:
     """Names of a program's inputs, in order.
 
     ``request/<feature>``, ``candidate/<feature>``, ``<history>/<feature>``, ``<history>/@lengths``,
-    ``<history>/@times``, and in the form of many requests ``@request_of_row``.
+    ``<history>/@times``, ``@time``, and in the form of many requests ``@request_of_row``; after a side's features
+    those of further spaces, ``<side>/<feature>@<space>``.
     """
-    names = [f"request/{f.name}" for f in (*schema.features_of("user"), *schema.features_of("context"))]
-    names += [f"candidate/{f.name}" for f in (*schema.features_of("item"), *schema.features_of("candidate"))]
+
+    def of_side(side: str, features: Sequence[str]) -> list[str]:
+        return [f"{side}/{name}" for name in (*features, *(s.key(f) for s in spaces for f in s.of_side(side)))]
+
+    names = of_side("request", [f.name for f in (*schema.features_of("user"), *schema.features_of("context"))])
+    names += of_side("candidate", [f.name for f in (*schema.features_of("item"), *schema.features_of("candidate"))])
     for history in schema.histories:
-        names += [f"{history.name}/{f}" for f in (*history.attributes, *(e.name for e in history.event_features))]
+        names += of_side(history.name, [*history.attributes, *(e.name for e in history.event_features)])
         names += [f"{history.name}/@lengths", f"{history.name}/@times"]
-    return names if form == "single" else [*names, "@request_of_row"]
+    return [*names, "@time"] if form == "single" else [*names, "@time", "@request_of_row"]
 
 
 def flatten(embedded: Embedded, form: Form) -> list[Tensor]:
@@ -83,6 +83,7 @@ def flatten(embedded: Embedded, form: Form) -> list[Tensor]:
     tensors = [*embedded.request.values(), *embedded.candidate.values()]
     for history in embedded.histories.values():
         tensors += [*history.features.values(), history.lengths, history.times]
+    tensors.append(embedded.time)
     if form == "many":
         tensors.append(embedded.request_of_row)
     return tensors
@@ -94,17 +95,15 @@ def unflatten(schema: Schema, tensors: Mapping[str, Tensor]) -> Embedded:
     candidate = {n.removeprefix("candidate/"): t for n, t in tensors.items() if n.startswith("candidate/")}
     histories = {}
     for history in schema.histories:
-        names = (*history.attributes, *(e.name for e in history.event_features))
-        histories[history.name] = EmbeddedHistory(
-            {n: tensors[f"{history.name}/{n}"] for n in names},
-            tensors[f"{history.name}/@lengths"],
-            tensors[f"{history.name}/@times"],
-        )
+        side = f"{history.name}/"
+        of_events = {n.removeprefix(side): t for n, t in tensors.items() if n.startswith(side)}
+        lengths, times = of_events.pop("@lengths"), of_events.pop("@times")
+        histories[history.name] = EmbeddedHistory(of_events, lengths, times)
     request_of_row = tensors.get("@request_of_row")
     if request_of_row is None:
         some = next(iter(candidate.values()))
         request_of_row = torch.zeros(some.shape[0], dtype=torch.int64)
-    return Embedded(request, candidate, histories, request_of_row)
+    return Embedded(request, candidate, histories, request_of_row, tensors["@time"])
 
 
 # Recorded batches
@@ -148,7 +147,7 @@ def read_self_test(path: Path, schema: Schema) -> dict[str, tuple[Batch, np.ndar
         names = sorted({n.split("/", 1)[0] for n in arrays})
         return {name: (_replayed(arrays, name, schema), arrays[f"{name}/logits"]) for name in names}
     except (OSError, ValueError, KeyError, EOFError) as err:
-        raise ArtifactError(f"{path} must hold the recorded rows, got another content", hint=_EXPORT_AGAIN) from err
+        raise ArtifactError(f"{path} must hold the recorded rows, got another content", hint=EXPORT_AGAIN) from err
 
 
 def _replayed(arrays: Mapping[str, np.ndarray], name: str, schema: Schema) -> Batch:
@@ -199,7 +198,7 @@ class ArtifactWriter:
         out: the artifact's folder; one that is there is replaced, anything else is left alone.
 
     Raises:
-        ArtifactError: ``out`` exists and is not an artifact.
+        ArtifactError: ``out`` exists and is not an artifact, or cannot be written to.
     """
 
     def __init__(self, out: str | Path) -> None:
@@ -215,8 +214,14 @@ class ArtifactWriter:
         return self.out.with_name(f".tmp-{self.out.name}-{os.getpid()}-{secrets.token_hex(4)}")
 
     def __enter__(self) -> Self:
-        self._sweep()
-        self.folder.mkdir(parents=True)
+        try:
+            self._sweep()
+            self.folder.mkdir(parents=True)
+        except OSError as err:
+            raise ArtifactError(
+                f"{self.out} must be a place that can be written to: {err.strerror}",
+                hint="choose another place to write to",
+            ) from err
         return self
 
     def _sweep(self) -> None:
@@ -247,8 +252,7 @@ class ArtifactWriter:
         """
         files = {}
         for path in sorted(p for p in self.folder.rglob("*") if p.is_file() and p != self.folder / MANIFEST):
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
+            sync(path)
             relative = path.relative_to(self.folder).as_posix()
             files[relative] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
         manifest = {"format": FORMAT, "format_version": FORMAT_VERSION, **fields, "files": files}
@@ -257,27 +261,13 @@ class ArtifactWriter:
 
     def publish(self) -> Path:
         """Gives the folder its name; an artifact that was there is replaced."""
-        for folder in [self.folder, *(p for p in self.folder.rglob("*") if p.is_dir())]:
-            _sync_folder(folder)
-        retired = self._hidden()
-        if self.out.exists():
-            self.out.rename(retired)
-        self.folder.rename(self.out)
-        _sync_folder(self.out.parent)
-        shutil.rmtree(retired, ignore_errors=True)
+        sync_tree(self.folder, files=False)
+        put_in_place(self.folder, self.out, retired=self._hidden())
         return self.out
 
 
 def _is_empty_folder(path: Path) -> bool:
     return path.is_dir() and not any(path.iterdir())
-
-
-def _sync_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 class Artifact:
@@ -311,35 +301,47 @@ class Artifact:
         for relative, entry in manifest["files"].items():
             path = folder / relative
             if not path.is_file():
-                raise ArtifactError(f"{path} is missing", hint=f"copy the whole folder again, or {_EXPORT_AGAIN}")
+                raise ArtifactError(f"{path} is missing", hint=f"copy the whole folder again, or {EXPORT_AGAIN}")
             if path.stat().st_size != entry["bytes"] or (verify and sha256_of(path) != entry["sha256"]):
                 raise ArtifactError(
                     f"{path} was changed or cut short after it was written",
-                    hint=f"copy the whole folder again, or {_EXPORT_AGAIN}",
+                    hint=f"copy the whole folder again, or {EXPORT_AGAIN}",
                 )
         try:
             schema = validate(Schema, manifest["schema"], source=str(folder / MANIFEST))
             encoder = Encoder.load(folder / "encoder")
         except (ConfigError, IntegrityError) as err:
-            raise ArtifactError(f"{folder}: {err.message}", hint=err.hint or _EXPORT_AGAIN) from err
+            raise ArtifactError(f"{folder}: {err.message}", hint=err.hint or EXPORT_AGAIN) from err
         if encoder.fingerprint != manifest["encoder_fingerprint"]:
             raise ArtifactError(
                 f"{folder / 'encoder'} must be the encoder that the model was trained with, got another",
-                hint=_EXPORT_AGAIN,
+                hint=EXPORT_AGAIN,
             )
         artifact = cls(folder, manifest, schema, encoder)
         artifact._check_tables()
         return artifact
 
     def _check_tables(self) -> None:
-        for name, rows in self.encoder.table_sizes.items():
+        sizes = self.encoder.table_sizes
+        for name, rows in {t: sizes[t.partition("@")[0]] for t in (*sizes, *self.table_of.values())}.items():
             entry = self.manifest["tables"].get(name)
             if entry is None or entry["rows"] != rows:
                 got = "none" if entry is None else f"{entry['rows']} rows"
                 raise ArtifactError(
                     f"{self.folder}: table {name!r} must have the {rows} rows of its encoder, got {got}",
-                    hint=_EXPORT_AGAIN,
+                    hint=EXPORT_AGAIN,
                 )
+
+    @cached_property
+    def spaces(self) -> tuple[Space, ...]:
+        """Spaces of vectors besides the main one."""
+        return tuple(Space.from_json(space) for space in self.manifest["spaces"])
+
+    @cached_property
+    def table_of(self) -> dict[str, str]:
+        """Name of the table of each categorical feature, and of ``<feature>@<space>`` in further spaces."""
+        main = {f.name: f.table_name for f in self.schema.all_features if isinstance(f, Categorical)}
+        return main | {s.key(use.feature): s.key(main[use.feature]) for s in self.spaces for use in s.uses}
 
     @property
     def name(self) -> str:
@@ -350,6 +352,12 @@ class Artifact:
     def tasks(self) -> tuple[str, ...]:
         """Names of the tasks, in the order of the logits."""
         return tuple(t.name for t in self.schema.tasks)
+
+    @property
+    def training_period(self) -> tuple[int, int] | None:
+        """First and last time of the training requests, UTC microseconds; None if the manifest does not say."""
+        period = self.manifest.get("training_period_us")
+        return None if period is None else (int(period[0]), int(period[1]))
 
     def task_position(self, task: str | None) -> int:
         """Column of a task's logit; of the first one if not given.
@@ -382,11 +390,11 @@ class Artifact:
                 # Mapped copy-on-write: shared by processes until written to, and nothing writes.
                 array = np.load(path, mmap_mode="c", allow_pickle=False)
             except (OSError, ValueError, EOFError) as err:
-                raise ArtifactError(f"{path} cannot be read as a table", hint=_EXPORT_AGAIN) from err
+                raise ArtifactError(f"{path} cannot be read as a table", hint=EXPORT_AGAIN) from err
             if array.shape != (entry["rows"], entry["dim"]) or array.dtype != np.float32:
                 raise ArtifactError(
                     f"{path} must be float32 ({entry['rows']}, {entry['dim']}), got {array.dtype} {array.shape}",
-                    hint=_EXPORT_AGAIN,
+                    hint=EXPORT_AGAIN,
                 )
             tables[name] = torch.from_numpy(array)
         return tables
@@ -396,34 +404,3 @@ class Artifact:
         """Folder of the snapshot, if there is one."""
         folder = self.folder / FEATURES
         return folder if folder.is_dir() else None
-
-
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """Reads and checks the manifest's format.
-
-    Raises:
-        ArtifactError: there is none, it cannot be read, or it is of another version.
-    """
-    path = folder / MANIFEST
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError) as err:
-        raise ArtifactError(
-            f"{folder} must be an artifact, got a folder without {MANIFEST}"
-            if folder.is_dir()
-            else f"{folder} must be an artifact's folder, got no such folder",
-            hint="write one with `recsys export RUN`",
-        ) from err
-    except (OSError, ValueError) as err:
-        raise ArtifactError(f"{path} must be readable JSON, got something else", hint=_EXPORT_AGAIN) from err
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise ArtifactError(f"{path} must be the manifest of an artifact, got another file", hint=_EXPORT_AGAIN)
-    if manifest.get("format_version") != FORMAT_VERSION:
-        raise ArtifactError(
-            f"{folder} must be of format version {FORMAT_VERSION}, got {manifest.get('format_version')!r}",
-            hint=f"{_EXPORT_AGAIN}, or use the version of recsys that wrote it",
-        )
-    missing = [k for k in ("name", "schema", "encoder_fingerprint", "tables", "programs", "files") if k not in manifest]
-    if missing:
-        raise ArtifactError(f"{path} must say {', '.join(missing)}", hint=_EXPORT_AGAIN)
-    return manifest

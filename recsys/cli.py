@@ -1,7 +1,8 @@
 """The command line: all commands, and where every error of theirs ends.
 
 It may import every package, and imports none until a command runs: ``--help`` must come at once. Errors raised on
-purpose are printed as a message with its hint, and the exit status is 2; ``--debug`` shows where they were raised. An
+purpose are printed as a message with its hint, and the exit status is 2; ``--debug`` shows where they were raised. So
+are a file or folder that the system does not let us read or write, where no command has said more about it. An
 interrupt ends with status 130 and says how to go on. Anything else is a defect: status 1, with the traceback.
 """
 
@@ -27,19 +28,23 @@ from recsys.commands import (
     inspect,
     materialize,
     push,
+    scale,
     score,
     serve,
     simulate,
+    sweep,
     train,
 )
-from recsys.errors import RecsysError
+from recsys.errors import ConfigError, RecsysError
 
 AFTER_INTERRUPT = {
     "train": "Run the same command again: training goes on from the last checkpoint.",
+    "sweep": "Run the same command again: finished runs are kept, and training goes on from the last checkpoint.",
     "build": "Run the same command again: nothing half-built is left behind.",
     "simulate": "Run the same command again: nothing half-written is left behind.",
     "data": "Run the same command again: nothing half-written is left behind.",
     "export": "Run the same command again: nothing half-written is left behind.",
+    "scale": "Run the same command again: finished trials are kept, and interrupted ones go on.",
     "materialize": "Run the same command again: it goes on where it stopped.",
     "score": "Run the same command again: nothing half-written is left behind.",
     "demo": "Run the same command again: stages that are done are kept, and training goes on from its last checkpoint.",
@@ -53,6 +58,9 @@ CALM = {
 }
 """Set for every command unless set already: libraries draw no bars of their own and call nobody; and OpenMP's threads
 do not spin while they wait for one another, for beside a busy process that makes training many times slower."""
+
+
+_FILES = "check the path, what may be read and written there, and the space left; --debug shows what was being done"
 
 
 class Commands(TyperGroup):
@@ -92,6 +100,9 @@ class Commands(TyperGroup):
         except Exception as err:
             if debug:
                 raise
+            if isinstance(err, OSError) and err.filename is not None and err.strerror is not None:
+                _print_error(ConfigError(f"{os.fsdecode(err.filename)} cannot be used: {err.strerror}", hint=_FILES))
+                raise typer.Exit(2) from err
             traceback.print_exc()
             sys.stderr.write(f"\nUnexpected {type(err).__name__}: this is a defect of recsys, not of your input.\n")
             raise typer.Exit(1) from err
@@ -155,7 +166,9 @@ data.data.command()(check.check)
 app.add_typer(data.data, name="data")
 app.command()(build.build)
 app.command()(train.train)
+app.command()(sweep.sweep)
 app.command()(evaluate.evaluate)
+app.command()(scale.scale)
 app.command()(export.export)
 app.command()(score.score)
 app.command()(materialize.materialize)

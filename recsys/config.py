@@ -143,6 +143,19 @@ def apply_overrides(mapping: Mapping[str, Any], overrides: Iterable[str]) -> dic
     return result
 
 
+def override(path: str, value: str | float | bool) -> str:
+    """An override that :func:`apply_overrides` reads as exactly this value, whatever characters it holds.
+
+    Example:
+        >>> apply_overrides({}, [override("data.views", "runs/a: b #1"), override("training.epochs", 3)])
+        {'data': {'views': 'runs/a: b #1'}, 'training': {'epochs': 3}}
+    """
+    style = '"' if isinstance(value, str) else None
+    text: str = yaml.safe_dump(value, default_style=style, width=float("inf"))
+    end_of_document = "\n..."
+    return f"{path}={text.rstrip().removesuffix(end_of_document)}"
+
+
 def _step(node: Any, key: str, path: str, *, create: bool) -> Any:
     if isinstance(node, list):
         if not key.isdecimal() or int(key) >= len(node):

@@ -8,9 +8,9 @@ Shapes: R requests, N candidates, S events of all requests, L longest history of
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -41,12 +41,17 @@ class Embedded(NamedTuple):
         candidate: item, then candidate features; ``(N, D)``, dense ones ``(N, dim)``.
         histories: by name.
         request_of_row: ``(N,)`` int64, non-decreasing.
+        time: ``(R,)`` int64 UTC microseconds, when each request was made.
+
+    A feature that a :class:`Space` covers is there twice: under its name, and as ``<feature>@<space>``, of the space's
+    width. Those of the spaces come after all others.
     """
 
     request: dict[str, Tensor]
     candidate: dict[str, Tensor]
     histories: dict[str, EmbeddedHistory]
     request_of_row: Tensor
+    time: Tensor
 
 
 @dataclass(frozen=True)
@@ -60,6 +65,55 @@ class Use:
 
     side: str
     feature: str
+
+
+@dataclass(frozen=True)
+class Space:
+    """Embedding tables of a role of their own, beside the main ones: the same ids, other vectors.
+
+    DARE scores relevance with other vectors than those that it pools; FinalMLP's gates have vectors of their own; a
+    first-order term has one weight an id. Each is a space.
+
+    Attributes:
+        name: of the space; its copy of the table ``item`` is ``item@<name>``.
+        dim: width of its vectors, a multiple of 4, as FBGEMM wants it.
+        uses: what is looked up in it.
+    """
+
+    name: str
+    dim: int
+    uses: tuple[Use, ...]
+
+    def __post_init__(self) -> None:
+        assert self.dim % 4 == 0, f"the width of the space {self.name!r} must be a multiple of 4, got {self.dim}"
+
+    def key(self, name: str) -> str:
+        """What a feature or a table is called in this space."""
+        return f"{name}@{self.name}"
+
+    def of_side(self, side: str) -> list[str]:
+        """Features of a side that it covers."""
+        return [use.feature for use in self.uses if use.side == side]
+
+    def to_json(self) -> dict[str, object]:
+        """For a manifest; the inverse of :meth:`from_json`."""
+        return {"name": self.name, "dim": self.dim, "uses": [[use.side, use.feature] for use in self.uses]}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Space:
+        """What :meth:`to_json` gave."""
+        return cls(str(value["name"]), int(value["dim"]), tuple(Use(side, feature) for side, feature in value["uses"]))
+
+
+def all_uses(schema: Schema) -> tuple[Use, ...]:
+    """Every place whose ids are looked up."""
+    return tuple(use for uses in uses_of_tables(schema).values() for use in uses)
+
+
+def uses_of_features(schema: Schema, names: Iterable[str]) -> tuple[Use, ...]:
+    """The places of some features, candidates and histories alike; dense ones have none."""
+    wanted = set(names)
+    return tuple(use for use in all_uses(schema) if use.feature in wanted)
 
 
 def uses_of_tables(schema: Schema) -> dict[str, list[Use]]:
@@ -89,19 +143,26 @@ def columns_of_side(batch: Batch, side: str) -> Mapping[str, Column]:
     return batch.histories[side].features
 
 
-def assemble(batch: Batch, vectors: Callable[[Use, Column], Tensor]) -> Embedded:
+def assemble(
+    batch: Batch, vectors: Callable[[Use, Column, Space | None], Tensor], spaces: Sequence[Space] = ()
+) -> Embedded:
     """Builds :class:`Embedded` from looked-up vectors; dense features pass through.
 
     The trainer's tables and the scorer's memory-mapped ones both come through here.
 
     Args:
-        vectors: gives the ``(n, D)`` vectors of one use of a table.
+        vectors: gives the ``(n, D)`` vectors of one use of a table, in a space, or in the main one for None.
+        spaces: besides the main one.
     """
 
     def side(name: str) -> Iterator[tuple[str, Tensor]]:
-        for feature, column in columns_of_side(batch, name).items():
+        columns = columns_of_side(batch, name)
+        for feature, column in columns.items():
             is_dense = not isinstance(column, Bags) and column.is_floating_point()
-            yield feature, column if is_dense else vectors(Use(name, feature), column)  # type: ignore[misc]
+            yield feature, column if is_dense else vectors(Use(name, feature), column, None)  # type: ignore[misc]
+        for space in spaces:
+            for feature in space.of_side(name):
+                yield space.key(feature), vectors(Use(name, feature), columns[feature], space)
 
     histories = {}
     for name, history in batch.histories.items():
@@ -114,7 +175,7 @@ def assemble(batch: Batch, vectors: Callable[[Use, Column], Tensor]) -> Embedded
             lengths,
             _padded(history.times, place, shape),
         )
-    return Embedded(dict(side("request")), dict(side("candidate")), histories, batch.request_of_row)
+    return Embedded(dict(side("request")), dict(side("candidate")), histories, batch.request_of_row, batch.time)
 
 
 def _places(offsets: Tensor, lengths: Tensor, longest: int) -> Tensor:
@@ -133,6 +194,7 @@ def _padded(values: Tensor, place: Tensor | None, shape: tuple[int, int]) -> Ten
     return flat.index_copy(0, place, values).view(num_requests, longest, *values.shape[1:])
 
 
-def widths(schema: Schema, embedding_dim: int) -> dict[str, int]:
-    """Width of each feature's vector: D for the categorical, ``dim`` for the dense."""
-    return {f.name: embedding_dim if isinstance(f, Categorical) else f.dim for f in schema.all_features}
+def widths(schema: Schema, embedding_dim: int, spaces: Iterable[Space] = ()) -> dict[str, int]:
+    """Width of each feature's vector: D for the categorical, ``dim`` for the dense, a space's own in that space."""
+    main = {f.name: embedding_dim if isinstance(f, Categorical) else f.dim for f in schema.all_features}
+    return main | {space.key(use.feature): space.dim for space in spaces for use in space.uses}

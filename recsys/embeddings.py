@@ -14,7 +14,7 @@ Shapes: R requests, N candidates, S events of all requests, L longest history of
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -23,18 +23,32 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from recsys.batch import Bags, Batch, Column
-from recsys.embedded import Embedded, EmbeddedHistory, Use, assemble, columns_of_side, uses_of_tables, widths
+from recsys.embedded import (
+    Embedded,
+    EmbeddedHistory,
+    Space,
+    Use,
+    all_uses,
+    assemble,
+    columns_of_side,
+    uses_of_features,
+    uses_of_tables,
+    widths,
+)
 from recsys.schema import MultiCategorical, Schema
 
 __all__ = [
     "Embedded",
     "EmbeddedHistory",
     "Lookup",
+    "Space",
     "Use",
+    "all_uses",
     "assemble",
     "columns_of_side",
     "ids_of",
     "size_of",
+    "uses_of_features",
     "uses_of_tables",
     "widths",
 ]
@@ -64,18 +78,39 @@ class Lookup(nn.Module):
     Args:
         schema: what the data is.
         table_sizes: rows of each table, padding and unknown included.
-        embedding_dim: D, of every table.
+        embedding_dim: D, of every table of the main space.
+        spaces: further tables; one that several uses share in the main space is shared in these too.
         init_bound: largest initial magnitude.
+        init_std: initial values are normal with this deviation instead, where it is given.
     """
 
     def __init__(
-        self, schema: Schema, table_sizes: Mapping[str, int], embedding_dim: int, *, init_bound: float = 0.01
+        self,
+        schema: Schema,
+        table_sizes: Mapping[str, int],
+        embedding_dim: int,
+        *,
+        spaces: Sequence[Space] = (),
+        init_bound: float = 0.01,
+        init_std: float | None = None,
     ) -> None:
         super().__init__()
         self.schema = schema
         self.embedding_dim = embedding_dim
+        self.spaces = tuple(spaces)
         self.init_bound = init_bound
+        self.init_std = init_std
         uses = uses_of_tables(schema)
+        size = {table: table_sizes[table] for table in uses}
+        dim = dict.fromkeys(uses, embedding_dim)
+        self._space: dict[str, Space | None] = dict.fromkeys(uses)
+        for space in self.spaces:
+            for table, places in uses_of_tables(schema).items():
+                covered = [use for use in places if use in space.uses]
+                if covered:
+                    name = space.key(table)
+                    uses[name], size[name], dim[name] = covered, table_sizes[table], space.dim
+                    self._space[name] = space
         self._groups: list[list[str]] = []  # tables of each collection
         # Tables of sets go apart: TorchRec's fused collection returns wrong vectors where one holds two kinds of
         # pooling.
@@ -93,8 +128,8 @@ class Lookup(nn.Module):
                     tables=[
                         EmbeddingBagConfig(
                             name=table,
-                            embedding_dim=embedding_dim,
-                            num_embeddings=table_sizes[table],
+                            embedding_dim=dim[table],
+                            num_embeddings=size[table],
                             feature_names=[table],
                             pooling=PoolingType.MEAN if self._has_sets(uses[table]) else PoolingType.SUM,
                             init_fn=self._initialise,
@@ -106,10 +141,17 @@ class Lookup(nn.Module):
             )
         self.groups = nn.ModuleList(groups)
 
+    @property
+    def uses(self) -> Mapping[str, Sequence[Use]]:
+        """What is looked up in each table."""
+        return self._uses
+
     def _has_sets(self, uses: list[Use]) -> bool:
         return any(isinstance(self.schema.feature(u.feature), MultiCategorical) for u in uses)
 
     def _initialise(self, weight: Tensor) -> Tensor:
+        if self.init_std is not None:
+            return nn.init.normal_(weight, std=self.init_std)
         bound = min(weight.shape[0] ** -0.5, self.init_bound)
         return nn.init.uniform_(weight, -bound, bound)
 
@@ -124,7 +166,7 @@ class Lookup(nn.Module):
         Shape:
             ``batch`` of R requests and N candidates -> :class:`Embedded`.
         """
-        vectors: dict[Use, Tensor] = {}
+        vectors: dict[tuple[Use, Space | None], Tensor] = {}
         sides = {side: columns_of_side(batch, side) for side in ("request", "candidate", *batch.histories)}
         for tables, collection in zip(self._groups, self.groups, strict=True):
             values, lengths = [], []
@@ -141,5 +183,6 @@ class Lookup(nn.Module):
             keyed = KeyedJaggedTensor(keys=tables, values=torch.cat(values), lengths=torch.cat(lengths))
             pooled = collection(keyed).to_dict()
             for table in tables:
-                vectors.update(zip(self._uses[table], pooled[table][: sum(sizes)].split(sizes), strict=True))
-        return assemble(batch, lambda use, _: vectors[use])
+                parts = pooled[table][: sum(sizes)].split(sizes)
+                vectors.update({(u, self._space[table]): p for u, p in zip(self._uses[table], parts, strict=True)})
+        return assemble(batch, lambda use, _, space: vectors[use, space], self.spaces)

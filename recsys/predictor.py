@@ -25,11 +25,11 @@ from torch.nn import functional
 
 from recsys.artifact import PORTABLE, SELF_TEST, TOLERANCE, Artifact, Form, flatten, read_self_test
 from recsys.batch import Bags, Batch, Column
-from recsys.embedded import Embedded, Use, assemble
+from recsys.compiled import CompiledProgram
+from recsys.embedded import Embedded, Space, Use, assemble
 from recsys.errors import ArtifactError
-from recsys.schema import Categorical
+from recsys.manifest import Engine
 
-Engine = Literal["auto", "compiled", "portable"]
 _LOUD = ("torch", "torch.export", "torch._inductor", "torch._dynamo", "torch.__trace")
 Program = Callable[[list[Tensor]], Tensor]
 """Flat inputs -> logits ``(N, T)``."""
@@ -38,7 +38,7 @@ Program = Callable[[list[Tensor]], Tensor]
 class Predictor:
     """Batches to logits, from an artifact.
 
-    Safe to call from several threads.
+    Safe to call from several threads, which score side by side: either program runs without the interpreter's lock.
 
     Args:
         artifact: opened.
@@ -57,11 +57,9 @@ class Predictor:
 
     def __init__(self, artifact: Artifact, *, engine: Engine = "auto") -> None:
         self.artifact = artifact
-        self._tables = artifact.tables
-        self._table_of = {
-            f.name: self._tables[f.table_name] for f in artifact.schema.all_features if isinstance(f, Categorical)
-        }
+        self._table_of = {feature: artifact.tables[table] for feature, table in artifact.table_of.items()}
         self._num_tasks = len(artifact.tasks)
+        self._single: Program
         self.engine: Literal["compiled", "portable"] = "portable"
         self.engine_note: str | None = "the portable program was asked for"
         entry = artifact.manifest["programs"].get("compiled")
@@ -81,23 +79,11 @@ class Predictor:
         self.max_error = self._replay("single")
 
     def _load_compiled(self, entry: Mapping[str, Any]) -> tuple[Literal["compiled", "portable"], str | None]:
-        path = self.artifact.folder / entry["file"]
         try:
-            # Its own loader class rather than torch.export's: calling that parses the tree of inputs every time.
-            loader = torch._C._aoti.AOTIModelPackageLoader(str(path), "model", False, 1, -1)
-        except RuntimeError as err:
-            # It is unpacked into a temporary folder, which may not allow execution, or be full.
-            return "portable", f"it cannot be loaded ({str(err).splitlines()[0][:200]})"
-        # One caller at a time, waiting without the interpreter's lock. torch's binding keeps that lock while it runs
-        # the program and while it waits for a free runner: a second caller would wait for the first for ever.
-        turn = threading.Lock()
-
-        def run(inputs: list[Tensor]) -> Tensor:
-            with turn:
-                logits: Tensor = loader.boxed_run(inputs)[0]
-            return logits
-
-        self._single = run
+            self._single = CompiledProgram(self.artifact.folder / entry["file"])
+        except (OSError, RuntimeError) as err:
+            # Its library is unpacked into a temporary folder, which may not allow execution, or be full.
+            return "portable", f"it cannot be loaded ({(str(err).splitlines() or [type(err).__name__])[0][:200]})"
         return "compiled", None
 
     def logits(self, batch: Batch) -> np.ndarray:
@@ -142,10 +128,10 @@ class Predictor:
 
     def embed(self, batch: Batch) -> Embedded:
         """Looks up the batch's ids in the mapped tables; sets of ids are averaged, an empty set is zero."""
-        return assemble(batch, self._vectors)
+        return assemble(batch, self._vectors, self.artifact.spaces)
 
-    def _vectors(self, use: Use, column: Column) -> Tensor:
-        table = self._table_of[use.feature]
+    def _vectors(self, use: Use, column: Column, space: Space | None) -> Tensor:
+        table = self._table_of[use.feature if space is None else space.key(use.feature)]
         if isinstance(column, Bags):
             return functional.embedding_bag(column.values, table, column.offsets, mode="mean", include_last_offset=True)
         return functional.embedding(column, table)

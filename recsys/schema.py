@@ -13,6 +13,8 @@ candidate   the impressions view   once an impression               once a candi
 event       the events view        once an event                    once an event
 ==========  =====================  ===============================  =======================
 
+Features of scope context and candidate may read a derived value (:mod:`recsys.derived`) in place of a column.
+
 Ids in every table: 0 is padding (never looked up), 1 is unknown (missing, rare or never seen), the rest are values.
 """
 
@@ -26,6 +28,7 @@ from zoneinfo import available_timezones
 from pydantic import AfterValidator, Field, model_validator
 
 from recsys.config import Config, InconsistentError, load_yaml, validate
+from recsys.derived import AsOf, Derived, Name, Ratio
 from recsys.errors import SchemaError, nearest
 
 PADDING_ID = 0
@@ -35,7 +38,6 @@ FIRST_ID = 2
 
 Scope = Literal["user", "item", "context", "candidate", "event"]
 TimeUnit = Literal["s", "ms", "us", "ns"]
-Name = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
 
 
 class Vocabulary(Config):
@@ -287,6 +289,18 @@ class EntityView(_View):
     key: str
 
 
+class VersionedView(_View):
+    """One row a version of a user's, or of an item's, attributes: what they were from its time on."""
+
+    name: Name
+    path: str
+    of: Literal["user", "item"]
+    key: str
+    time: str
+    time_unit: TimeUnit = "us"
+    created: str | None = Field(None, min_length=1, description="column of the time since when a version is known")
+
+
 class Views(Config):
     """Where each view is, relative to the folder of views (a file, a folder or a pattern), and its key columns."""
 
@@ -294,6 +308,7 @@ class Views(Config):
     events: EventsView | None = None
     users: EntityView | None = None
     items: EntityView | None = None
+    versions: tuple[VersionedView, ...] = Field((), description="attributes that change over time")
     negative_keys: Literal["quarantine", "keep"] = Field(
         "quarantine", description="negative keys mostly stand for nobody; keep them where keys are signed hashes"
     )
@@ -363,6 +378,7 @@ class Schema(Config):
     views: Views
     tables: dict[Name, Table] = Field(default_factory=dict)
     features: tuple[Feature, ...] = Field(min_length=1)
+    derived: tuple[Derived, ...] = ()
     histories: tuple[History, ...] = ()
     tasks: tuple[Task, ...] = Field(min_length=1)
     quality: Quality = Quality()
@@ -389,6 +405,10 @@ class Schema(Config):
         yield from self._table_problems()
         for history in self.histories:
             yield from self._history_problems(history)
+        yield from self._version_problems()
+        yield from self._derived_problems()
+        for feature in self.features:
+            yield from self._derived_feature_problems(feature)
         yield from self._quality_problems()
 
     def _name_problems(self) -> Iterator[str]:
@@ -454,6 +474,95 @@ class Schema(Config):
             if feature.scope != "event":
                 yield f"{place}: event feature {feature.name!r} must have scope 'event', got {feature.scope!r}"
 
+    def _version_problems(self) -> Iterator[str]:
+        taken = {"impressions", "events", "users", "items"}
+        for view in self.views.versions:
+            if view.name in taken:
+                yield f"views.versions: {view.name!r}: the name is taken"
+            taken.add(view.name)
+            if view.name not in {d.view for d in self.derived if isinstance(d, AsOf)}:
+                yield f"views.versions: {view.name!r} is read by no derived value"
+
+    def _derived_problems(self) -> Iterator[str]:
+        shown = self.views.impressions
+        own = {shown.user, shown.item, shown.time, shown.request, *(task.label for task in self.tasks)}
+        parts = {n for d in self.derived if isinstance(d, Ratio) for n in (d.numerator, d.denominator)}
+        read = {d.name for d in map(self.derived_of, self.features) if d is not None}
+        taken: set[str] = set()
+        for derived in self.derived:
+            place = f"derived value {derived.name!r}"
+            if derived.name in taken:
+                yield f"{place} is declared twice"
+            taken.add(derived.name)
+            if derived.name in own:
+                yield f"{place} has the name of a column of the impressions that is read"
+            if derived.name not in parts | read:
+                yield f"{place} is read by no feature of scope context or candidate"
+            yield from (f"{place}{problem}" for problem in self._source_problems(derived))
+
+    def _source_problems(self, derived: Derived) -> Iterator[str]:
+        if isinstance(derived, Ratio):
+            plain = [d.name for d in self.derived if not isinstance(d, Ratio | AsOf)]
+            for part in (derived.numerator, derived.denominator):
+                if part not in plain:
+                    yield f": {part!r} must be a derived count, sum, mean or recency, {nearest(part, plain)}"
+            return
+        if isinstance(derived, AsOf):
+            views = [view.name for view in self.views.versions]
+            if derived.view not in views:
+                yield f": view {derived.view!r} must be one of views.versions, {nearest(derived.view, views)}"
+            return
+        if derived.source == "events":
+            if self.views.events is None:
+                yield " needs views.events"
+            elif derived.event_types is not None and self.views.events.type is None:
+                yield " filters on event types and needs views.events.type"
+        if len(set(derived.by)) < len(derived.by):
+            yield ": by names the same twice"
+        single = [f for f in self.features if isinstance(f, Categorical) and not isinstance(f, MultiCategorical)]
+        groups = ["user", "item", *(f.name for f in single if f.scope in ("user", "item"))]
+        for name in derived.by:
+            if name not in groups:
+                yield f": by must name user, item or a categorical feature of either, got {name!r}, " + nearest(
+                    name, groups
+                )
+
+    def _derived_feature_problems(self, feature: Feature) -> Iterator[str]:
+        derived = self.derived_of(feature)
+        if derived is None:
+            return
+        place = f"feature {feature.name!r} of the derived value {derived.name!r}"
+        scope = self.derived_scope(derived)
+        if feature.scope != scope:
+            yield f"{place} must have scope {scope!r}, got {feature.scope!r}"
+        if isinstance(derived, AsOf):
+            return
+        if isinstance(feature, Dense):
+            if feature.dim != 1:
+                yield f"{place} must have dim 1, got {feature.dim}"
+        elif isinstance(feature, MultiCategorical) or not isinstance(
+            self.table_encoders.get(feature.table_name), QuantileBuckets | LogBuckets
+        ):
+            yield f"{place} must be dense, or categorical with the encoder quantile or log: it is a number"
+
+    def derived_of(self, feature: Feature) -> Derived | None:
+        """The derived value that a feature reads; None if it reads a column of its view."""
+        if feature.scope not in ("context", "candidate"):
+            return None
+        return next((d for d in self.derived if d.name == feature.source_column), None)
+
+    def derived_scope(self, derived: Derived) -> Literal["context", "candidate"]:
+        """What a derived value belongs to: the request if it is of the user alone, else the impression."""
+        if isinstance(derived, Ratio):
+            parts = [d for d in self.derived if d.name in (derived.numerator, derived.denominator)]
+            kinds = {self.derived_scope(d) for d in parts if not isinstance(d, Ratio)}
+            return "candidate" if "candidate" in kinds else "context"
+        if isinstance(derived, AsOf):
+            of_item = {view.name for view in self.views.versions if view.of == "item"}
+            return "candidate" if derived.view in of_item else "context"
+        of_user = {"user", *(f.name for f in self.features if f.scope == "user")} - {"item"}
+        return "context" if set(derived.by) <= of_user else "candidate"
+
     def _quality_problems(self) -> Iterator[str]:
         read = self._columns_read()
         for place, expected in enumerate(self.quality.expectations):
@@ -483,6 +592,8 @@ class Schema(Config):
                 read[name] = {entity.key}
         of_scope = {"user": "users", "item": "items", "event": "events"}
         for feature in self.all_features:
+            if self.derived_of(feature) is not None:
+                continue
             read.setdefault(of_scope.get(feature.scope, "impressions"), set()).add(feature.source_column)
         return read
 

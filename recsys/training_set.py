@@ -21,12 +21,12 @@ others are features. Parquet would be smaller, but must be decoded, whole row gr
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-import tempfile
 from collections import ChainMap
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -38,6 +38,7 @@ import pyarrow as pa
 from recsys.config import fingerprint, validate
 from recsys.encoding.encoder import EncodedColumn, Encoder, Ragged
 from recsys.errors import IntegrityError, SchemaError
+from recsys.files import replacing_file, sha256_of, write_json
 from recsys.schema import Schema
 
 FORMAT_VERSION = 1
@@ -102,16 +103,12 @@ def write_table(path: str | Path, columns: Mapping[str, EncodedColumn], *, keys:
         names.append(name)
         arrays.append(_to_arrow(name, column))
     batch = pa.record_batch(arrays, names=names)
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    try:
-        with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, batch.schema) as writer:
-            writer.write_batch(batch)
-        _sync(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with (
+        replacing_file(path) as draft,
+        pa.OSFile(str(draft), "wb") as sink,
+        pa.ipc.new_file(sink, batch.schema) as writer,
+    ):
+        writer.write_batch(batch)
 
 
 def _to_arrow(name: str, column: EncodedColumn) -> Any:
@@ -261,6 +258,12 @@ class Split:
         return self.num_requests == self.num_rows
 
 
+def _touched(path: Path) -> list[int]:
+    """Changes whenever a file is written to or replaced: size, inode, times of change of content and of inode."""
+    status = path.stat()
+    return [status.st_size, status.st_ino, status.st_mtime_ns, status.st_ctime_ns]
+
+
 class TrainingSet:
     """An opened training set.
 
@@ -292,7 +295,9 @@ class TrainingSet:
         try:
             manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
         except (FileNotFoundError, NotADirectoryError) as err:
-            raise IntegrityError(f"{folder} must hold a training set, got no manifest.json", hint=rebuild) from err
+            raise IntegrityError(
+                f"{folder.absolute()} must hold a training set, got no manifest.json", hint=rebuild
+            ) from err
         except (json.JSONDecodeError, UnicodeDecodeError) as err:
             raise IntegrityError(f"{folder / 'manifest.json'} must be JSON", hint=rebuild) from err
         if manifest.get("format_version") != FORMAT_VERSION:
@@ -314,6 +319,44 @@ class TrainingSet:
         if encoder.fingerprint != manifest["encoder_fingerprint"]:
             raise IntegrityError(f"{folder / 'encoder'} must be the encoder that the set was built with", hint=rebuild)
         return cls(folder, manifest, schema, encoder)
+
+    def verify_once(self) -> bool:
+        """Compares every file's sha256 with the manifest, unless that was done since the files were last touched.
+
+        What was compared is remembered in ``FOLDER.verified`` beside the folder, which is never written to after the
+        build: size, inode and times of change of every file. So a file that anything has written to since is read
+        again, and a second training run reads none; what a disk loses without anybody writing is noticed by the first
+        reading only. Where the stamp cannot be written, every call compares.
+
+        Reading costs 0.12 s for the 42 MiB of KuaiRand-Pure's training set on two busy cores, so about three seconds a
+        gigabyte, once; with a stamp, one ``stat`` a file, under a millisecond.
+
+        Returns:
+            Whether the files were read.
+
+        Raises:
+            IntegrityError: a file was changed; it names the first.
+        """
+        folder = self.folder.resolve()
+        stamp = folder.with_name(f"{folder.name}.verified")
+        found = {name: _touched(folder / name) for name in ["manifest.json", *self.manifest["files"]]}
+        try:
+            if json.loads(stamp.read_text(encoding="utf-8")) == found:
+                return False
+        except (OSError, ValueError):
+            pass
+        with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+            sums = pool.map(lambda name: sha256_of(folder / name), self.manifest["files"])
+            for (name, entry), checksum in zip(self.manifest["files"].items(), sums, strict=True):
+                if checksum != entry["sha256"]:
+                    raise IntegrityError(
+                        f"{self.folder / name} was changed after it was written: its sha256 must be "
+                        f"{entry['sha256']}, got {checksum}",
+                        hint="build it again with `recsys build CONFIG --force`",
+                    )
+        with suppress(OSError):
+            write_json(stamp, found)
+        return True
 
     @property
     def fingerprint(self) -> str:
@@ -368,31 +411,3 @@ class TrainingSet:
             counted = {ROW_START: np.concatenate(row_starts)}
             table = Table(table.num_rows, ChainMap(counted, table.columns))  # type: ignore[arg-type]
         return Split(name, table, joined_tables(impressions))
-
-
-def sha256_of(path: str | Path) -> str:
-    """Checksum of a file, in hexadecimal."""
-    with Path(path).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def write_json(path: str | Path, value: Any) -> None:
-    """Writes JSON atomically: a killed process leaves the old file or the new one."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.tmp-", dir=path.parent)
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            json.dump(value, file, indent=2, ensure_ascii=False)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        Path(temporary).chmod(0o644)
-        os.replace(temporary, path)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
-
-
-def _sync(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())

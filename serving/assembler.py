@@ -10,6 +10,9 @@ For every feature, the first of these that there is:
 3. what the feature source knows;
 4. the unknown value.
 
+Derived values (:mod:`recsys.derived`) are the exception: no feature source gives them, and the unknown value in their
+place would be another than the model was trained on. A request that does not bring them is refused.
+
 Shapes: R requests, N candidates, S events of all requests together.
 """
 
@@ -128,6 +131,7 @@ class Assembler:
         self._by_scope: dict[Scope, tuple[Feature, ...]] = {
             scope: self.schema.features_of(scope) for scope in ("user", "item", "context", "candidate")
         }
+        self._derived = {f.name for f in self.schema.features if self.schema.derived_of(f) is not None}
         self._attributes = {h.name: [self.schema.feature(a) for a in h.attributes] for h in self.schema.histories}
 
     def batch(self, requests: Sequence[RankRequest]) -> Assembled:
@@ -237,6 +241,12 @@ class Assembler:
         """
         column = feature.source_column
         came = given.get(column)
+        if feature.name in self._derived and (came is None or came.rows is not None):
+            problems.append(
+                f"{'context' if feature.scope == 'context' else 'candidates'}.{column} must be given: feature "
+                f"{feature.name!r} reads a derived value, which no feature source gives"
+            )
+            return self._encoder.unknown_column(feature.name, n)
         if came is None or came.rows is not None:
             if base is None:
                 fact = known.get(column)

@@ -5,8 +5,6 @@ Files are read and written in pieces, so memory does not grow with them. The out
 
 from __future__ import annotations
 
-import os
-import secrets
 import shutil
 import time as clock
 from collections.abc import Callable, Iterator
@@ -20,6 +18,7 @@ import pyarrow.parquet as pq
 
 from recsys.encoding.columns import Array
 from recsys.errors import ConfigError, SourceError
+from recsys.files import check_can_write, draft_of, put_in_place, replacing_file, sync_tree
 from serving.frames import FrameReader, score_table
 from serving.scorer import Scorer
 
@@ -83,7 +82,7 @@ def score_parquet(
 
     Raises:
         SourceError: a file is missing or cannot be read, or lacks a column.
-        ConfigError: the output is the input, or an added column is there already.
+        ConfigError: the output is the input or cannot be written, or an added column is there already.
         ArtifactError: the artifact cannot be used.
     """
     began = clock.perf_counter()
@@ -216,14 +215,9 @@ def _check(file: Path, reader: FrameReader, added: tuple[str, ...]) -> None:
 def _new_file(target: Path) -> Iterator[Path]:
     if target.is_dir():
         raise ConfigError(f"output must be a file, got the folder {target}", hint="name a file in it")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    draft = target.with_name(f".tmp-{target.name}-{secrets.token_hex(6)}")
-    try:
+    check_can_write(target, name="output")
+    with replacing_file(target) as draft:
         yield draft
-        _sync(draft)
-        os.replace(draft, target)
-    finally:
-        draft.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -232,28 +226,15 @@ def _new_folder(target: Path) -> Iterator[Path]:
         not target.is_dir() or any(p.suffix != ".parquet" for p in target.rglob("*") if p.is_file())
     ):
         raise ConfigError(f"output must be a new folder or one of Parquet files, got {target}")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    draft = target.with_name(f".tmp-{target.name}-{secrets.token_hex(6)}")
-    retired = draft.with_name(f"{draft.name}-old")
+    check_can_write(target, name="output")
+    draft = draft_of(target)
     try:
-        draft.mkdir()
+        draft.mkdir(parents=True)
         yield draft
-        for path in draft.rglob("*"):
-            _sync(path)
-        if target.exists():
-            target.rename(retired)
-        draft.rename(target)
+        sync_tree(draft)
+        put_in_place(draft, target, retired=draft.with_name(f"{draft.name}-old"))
     finally:
         shutil.rmtree(draft, ignore_errors=True)
-        shutil.rmtree(retired, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @contextmanager

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from recsys.artifact import MANIFEST, read_manifest
 from recsys.errors import ArtifactError, MissingDependencyError, UnavailableError
+from recsys.manifest import MANIFEST, read_manifest
 
 _URI = re.compile(r"^models:/(?P<name>[^/@]+)(?:@(?P<alias>[^/@]+)|/(?P<version>[0-9]+))$")
 _QUIET = {
@@ -51,17 +51,32 @@ def locate(location: str | Path, *, tracking_uri: str | None = None) -> Located:
         UnavailableError: the store does not answer, or has no such version.
         MissingDependencyError: mlflow is not installed.
     """
+    check_location(location, tracking_uri=tracking_uri)
     text = str(location)
-    if not text.startswith("models:"):
-        folder = Path(location)
-        return Located(folder, str(read_manifest(folder)["name"]), None)
     match = _URI.match(text)
     if match is None:
+        folder = Path(location)
+        return Located(folder, str(read_manifest(folder)["name"]), None)
+    return _registered(text, match, _store(tracking_uri))
+
+
+def check_location(location: str | Path, *, tracking_uri: str | None = None) -> None:
+    """Checks what can be told of a location before any model or store is loaded; arguments as for :func:`locate`.
+
+    Raises:
+        ArtifactError: there is no artifact, or the location is none of the forms.
+        UnavailableError: the store's file is not there.
+    """
+    text = str(location)
+    if not text.startswith("models:"):
+        read_manifest(Path(location))
+        return
+    if _URI.match(text) is None:
         raise ArtifactError(
             f"artifact must be a folder, models:/NAME@ALIAS or models:/NAME/VERSION, got {text!r}",
             hint="for example models:/din@champion",
         )
-    return _registered(text, match, _store(tracking_uri))
+    _store(tracking_uri)
 
 
 def _store(tracking_uri: str | None) -> str:

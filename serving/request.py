@@ -18,6 +18,9 @@ Names of raw values are the columns that the schema's features read. Rules:
 * there is at least one candidate, and no more than the limit; a candidate given twice is ranked twice;
 * keys of candidates are all integers or all text; so are the keys of a history's events;
 * a history given here replaces the stored one; its events may leave out their times, all of them or none;
+* a time given as a number is UTC microseconds. Seconds, milliseconds and nanoseconds would silently give an empty
+  history, so a number outside the training period and the ten years after it is refused where one of these units puts
+  it inside; this needs an artifact that knows its period, and a period that begins after 1990;
 * events at or after the request's time are not read, as in training; they are counted in the reply.
 
 Messages name the place (``candidates[3].price``), never the value.
@@ -38,6 +41,11 @@ from recsys.schema import Categorical, DayOfWeek, Feature, HourOfDay, Schema
 
 MAX_TIME = 7_258_118_400_000_000
 """2200-01-01 in UTC microseconds; times must lie before it, as in training."""
+_AFTER_TRAINING = 10 * 366 * 86_400_000_000
+"""Microseconds after the training period in which requests are expected: ten years."""
+_EARLIEST_PERIOD = 631_152_000_000_000
+"""1990 in UTC microseconds. A period that begins before has times of another origin, which tell nothing of the unit."""
+_UNITS = (("seconds", 1_000_000, 1), ("milliseconds", 1_000, 1), ("nanoseconds", 1, 1_000))
 _SHOWN = 20
 _INT64 = 2**63
 
@@ -93,12 +101,23 @@ class RequestParser:
         schema: the model's.
         max_candidates: of one request.
         max_events: of one history of a request.
+        training_period: first and last time of the training requests, UTC microseconds; None if unknown.
     """
 
     _FIELDS = ("user_id", "candidates", "time", "context", "user", "histories", "task", "request_id")
 
-    def __init__(self, schema: Schema, *, max_candidates: int = 10_000, max_events: int = 10_000) -> None:
+    def __init__(
+        self,
+        schema: Schema,
+        *,
+        max_candidates: int = 10_000,
+        max_events: int = 10_000,
+        training_period: tuple[int, int] | None = None,
+    ) -> None:
         views = schema.views
+        self._expected: tuple[int, int] | None = None
+        if training_period is not None and training_period[0] >= _EARLIEST_PERIOD:
+            self._expected = training_period[0], training_period[1] + _AFTER_TRAINING
         self.max_candidates = max_candidates
         self.max_events = max_events
         self._tasks = [t.name for t in schema.tasks]
@@ -140,7 +159,7 @@ class RequestParser:
         request = RankRequest(
             user_id=_key(body.get("user_id"), "user_id", problems, optional=True),
             candidates=keys,
-            time=_time(body["time"], "time", problems) if body.get("time") is not None else now,
+            time=self._moment(body["time"], "time", problems) if body.get("time") is not None else now,
             candidate_values=values,
             context=self._object(body.get("context"), "context", self._context_columns, problems),
             user=self._object(body.get("user"), "user", self._user_columns, problems),
@@ -249,7 +268,7 @@ class RequestParser:
             if isinstance(event, dict):
                 time = event.get("time", event.get(self._event_time))
                 if time is not None:
-                    times.append(_time(time, f"{at}.time", problems))
+                    times.append(self._moment(time, f"{at}.time", problems))
                 rest = {n: v for n, v in event.items() if n not in ("time", self._event_time)}
                 key, raw = self._keyed(rest, at, self._event_item_keys, columns, problems)
                 values.append(raw or None)
@@ -261,6 +280,19 @@ class RequestParser:
             problems.append(f"{where} must give the time of every event, or of none")
         _check_one_type(items, where, problems)
         return InlineHistory(items, times if times and len(times) == len(events) else None, values)
+
+    def _moment(self, given: Any, where: str, problems: list[str]) -> int:
+        """A time, whose unit is doubted where it is a number that another unit explains better."""
+        if self._expected is not None and isinstance(given, int) and not isinstance(given, bool):
+            first, last = self._expected
+            if not first <= given <= last:
+                for unit, times, parts in _UNITS:
+                    if first <= given * times // parts <= last:
+                        problems.append(
+                            f"{where} must be UTC microseconds where it is a number, got {unit} by its size"
+                        )
+                        return 0
+        return _time(given, where, problems)
 
     def _task(self, given: Any, problems: list[str]) -> str | None:
         if given is None:
@@ -347,8 +379,15 @@ def _is_value(value: Any) -> bool:
 
 def _kind(value: Any) -> str:
     """JSON's word for the type of a value."""
-    names = {dict: "an object", list: "a list", str: "text", bool: "a boolean", float: "a number with a fraction"}
-    return "null" if value is None else names.get(type(value), "a number out of range")
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return "a boolean"
+    if isinstance(value, (int, float)) and not -_INT64 <= value < _INT64:
+        # The parser reads integers beyond 64 bits as numbers with a fraction.
+        return "a number beyond 64 bits"
+    names = {dict: "an object", list: "a list", str: "text", int: "an integer", float: "a number with a decimal point"}
+    return names.get(type(value), type(value).__name__)
 
 
 def _shown(name: Any) -> str:

@@ -15,7 +15,8 @@ import numpy as np
 from recsys.artifact import Artifact
 from recsys.batch import Batch
 from recsys.errors import RequestError
-from recsys.predictor import Engine, Predictor
+from recsys.manifest import Engine
+from recsys.predictor import Predictor
 from serving.assembler import Assembler
 from serving.features import FeatureSource, NoFeatures, SnapshotFeatures
 from serving.request import Key, RankRequest, RequestParser
@@ -73,7 +74,7 @@ class Scorer:
         self.predictor = predictor
         self.artifact: Artifact = predictor.artifact
         self.assembler = Assembler(self.artifact.encoder, features)
-        self.parser = RequestParser(self.artifact.schema)
+        self.parser = RequestParser(self.artifact.schema, training_period=self.artifact.training_period)
 
     @classmethod
     def load(

@@ -11,18 +11,20 @@ GET     /          what is served, and the paths
 
 There is no framework between uvicorn and a request: one costs more than the whole of parsing and encoding it. Scoring
 runs in a pool of threads with one torch thread each, so that the event loop stays free while a request is parsed and
-encoded. A compiled program runs one request at a time and keeps the interpreter's lock meanwhile: to use more cores
-with it, run more processes. The portable program lets threads overlap. What cannot be answered soon is refused at once
-with 503.
+encoded. The network runs without the interpreter's lock, compiled or not, so requests are scored side by side on as
+many cores as there are threads, and ``/health`` answers meanwhile; parsing and encoding take turns. What cannot be
+answered soon is refused at once with 503; a request counts from when its body begins to be read, and has a limited time
+to send it.
 
-Errors are ``{"error": {"type", "message", "hint"}}``: 404 no such path, 405 method, 413 body too large, 415 not JSON,
-422 the request breaks a rule, 503 not ready or overloaded, 500 our mistake (in full in the log, by number in the
-answer).
+Errors are ``{"error": {"type", "message", "hint"}}``: 404 no such path, 405 method, 408 body sent too slowly, 413 body
+too large, 415 not JSON, 422 the request breaks a rule, 503 not ready or overloaded, 500 our mistake (in full in the
+log, by number in the answer).
 """
 
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import secrets
 import signal
@@ -32,21 +34,20 @@ import threading
 import time as clock
 from collections.abc import Awaitable, Callable, Iterator, MutableMapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import orjson
 import torch
-from pydantic import Field
 
-from recsys.config import Config
 from recsys.errors import RequestError, UnavailableError
-from recsys.predictor import Engine, Predictor
+from recsys.predictor import Predictor
 from serving.features import SnapshotFeatures
 from serving.loader import Located, locate
 from serving.request import RequestParser
 from serving.scorer import Ranking, Scorer
+from serving.settings import ServiceConfig, listening
 
 _log = logging.getLogger("serving.service")
 
@@ -54,28 +55,11 @@ ASGIScope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
+_SWITCH_S = 0.001
+_TIMED_OUT = 408
+_DRAIN_BYTES = 64 * 2**20
+"""So much of a refused body is read before its connection is closed."""
 _PATHS = {"/rank": ("POST",), "/health": ("GET", "HEAD"), "/ready": ("GET", "HEAD"), "/": ("GET", "HEAD")}
-
-
-class ServiceConfig(Config):
-    """Settings of the service."""
-
-    artifact: str = Field(min_length=1, description="folder, models:/NAME@ALIAS or models:/NAME/VERSION")
-    features: str | None = Field(
-        None,
-        description="folder of stored features, lmdb:PATH or redis://HOST:PORT/DB; the artifact's own if not given",
-    )
-    tracking_uri: str | None = Field(None, description="MLflow store of models:/; MLflow's own choice if not given")
-    host: str = Field("127.0.0.1", min_length=1)
-    port: int = Field(8080, ge=0, le=65535, description="0 takes a free one")
-    threads: int = Field(2, ge=1, le=256, description="requests scored side by side")
-    max_waiting: int = Field(64, ge=0, description="requests that may wait for a thread; more are refused with 503")
-    max_candidates: int = Field(5000, ge=1, description="of one request")
-    max_events: int = Field(10_000, ge=0, description="of one history that comes with a request")
-    max_body_mib: float = Field(4.0, gt=0, le=1024)
-    drain_s: int = Field(10, ge=0, description="how long requests under way may take when the service is told to stop")
-    engine: Engine = Field("auto", description="compiled, portable, or auto: compiled where it can run")
-    access_log: bool = False
 
 
 class Reply(NamedTuple):
@@ -115,7 +99,12 @@ class Model:
         located = locate(config.artifact, tracking_uri=config.tracking_uri)
         scorer = Scorer.load(located.folder, features=config.features, engine=config.engine)
         schema = scorer.artifact.schema
-        scorer.parser = RequestParser(schema, max_candidates=config.max_candidates, max_events=config.max_events)
+        scorer.parser = RequestParser(
+            schema,
+            max_candidates=config.max_candidates,
+            max_events=config.max_events,
+            training_period=scorer.artifact.training_period,
+        )
         facts = {
             "name": located.name,
             "version": located.version or scorer.artifact.manifest.get("created_at"),
@@ -168,6 +157,54 @@ def ranked(ranking: Ranking, tasks: tuple[str, ...]) -> list[dict[str, Any]]:
     ]
 
 
+class Body:
+    """The body of one request, of which no more than a limit is kept.
+
+    Args:
+        receive: of the ASGI connection.
+        limit: bytes.
+
+    Attributes:
+        is_over: whether nothing more will come: it was read to its end, or the caller has gone.
+        is_too_large: whether more than the limit came.
+    """
+
+    def __init__(self, receive: Receive, limit: int) -> None:
+        self._receive = receive
+        self._limit = limit
+        self.is_over = False
+        self.is_too_large = False
+
+    async def _part(self) -> bytes | None:
+        """The next piece; None if the caller has gone."""
+        message = await self._receive()
+        has_gone = message["type"] == "http.disconnect"
+        self.is_over = has_gone or not message.get("more_body", False)
+        return None if has_gone else message.get("body", b"")
+
+    async def read(self) -> bytes | None:
+        """The whole of it; None if it is too large, or the caller has gone."""
+        parts: list[bytes] = []
+        size = 0
+        while True:
+            part = await self._part()
+            if part is None:
+                return None
+            parts.append(part)
+            size += len(part)
+            if size > self._limit:
+                self.is_too_large = True
+                return None
+            if self.is_over:
+                return b"".join(parts) if len(parts) > 1 else part
+
+    async def drain(self) -> None:
+        """Reads on to its end and keeps nothing, up to a bound."""
+        left = _DRAIN_BYTES
+        while not self.is_over and left > 0:
+            left -= len(await self._part() or b"")
+
+
 class RankingApp:
     """The ASGI application.
 
@@ -207,8 +244,9 @@ class RankingApp:
 
     async def _http(self, scope: ASGIScope, receive: Receive, send: Send) -> None:
         reply: Reply | None
+        body = Body(receive, self._max_body)
         try:
-            reply = await self._answer(scope, receive)
+            reply = await self._answer(scope, body)
         except Exception as err:  # noqa: BLE001 - the one handler: nothing may leave without an answer
             reply = error_reply(err)
         if reply is None:  # the caller has gone
@@ -219,9 +257,17 @@ class RankingApp:
             *reply.headers,
         ]
         await send({"type": "http.response.start", "status": reply.status, "headers": headers})
-        await send({"type": "http.response.body", "body": b"" if scope["method"] == "HEAD" else reply.body})
+        content = b"" if scope["method"] == "HEAD" else reply.body
+        if scope["method"] != "POST" or body.is_over or reply.status == _TIMED_OUT:
+            await send({"type": "http.response.body", "body": content})
+            return
+        # Closing on a caller that is still sending resets the connection, and with it the answer that it has not read.
+        await send({"type": "http.response.body", "body": content, "more_body": True})
+        with suppress(TimeoutError):
+            await asyncio.wait_for(body.drain(), self.config.body_timeout_s)
+        await send({"type": "http.response.body", "body": b""})
 
-    async def _answer(self, scope: ASGIScope, receive: Receive) -> Reply | None:
+    async def _answer(self, scope: ASGIScope, body: Body) -> Reply | None:
         path, method = scope["path"], scope["method"]
         allowed = _PATHS.get(path)
         if allowed is None:
@@ -230,12 +276,12 @@ class RankingApp:
             reply = _error(405, "MethodNotAllowed", f"{path} takes {allowed[0]}", None)
             return reply._replace(headers=((b"allow", ", ".join(allowed).encode()),))
         if path == "/rank":
-            return await self._rank(scope, receive)
+            return await self._rank(scope, body)
         if path == "/health":
             return Reply(200, b'{"status":"ok"}')
         return self._ready() if path == "/ready" else self._index()
 
-    async def _rank(self, scope: ASGIScope, receive: Receive) -> Reply | None:
+    async def _rank(self, scope: ASGIScope, body: Body) -> Reply | None:
         model = self._model
         if model is None:
             raise UnavailableError("the model is still being loaded", hint="ask GET /ready")
@@ -245,38 +291,35 @@ class RankingApp:
             return _error(
                 415, "UnsupportedMediaType", "the body must be JSON", "send the header content-type: application/json"
             )
+        declared = headers.get(b"content-length", b"")
+        if declared.isdigit() and int(declared) > self._max_body:
+            return self._too_large()
         if self._under_way >= self.config.threads + self.config.max_waiting:
             raise UnavailableError("the service is overloaded", hint="try again, or add threads or machines")
-        body = await self._body(headers, receive)
-        if body is None:
-            return None
-        if len(body) > self._max_body:
-            reply = _error(413, "BodyTooLarge", f"the body must be at most {self.config.max_body_mib:g} MiB", None)
-            return reply._replace(headers=((b"connection", b"close"),))
+        # Counted from here: whoever sends its body slowly holds a place as well.
         self._under_way += 1
         try:
+            try:
+                raw = await asyncio.wait_for(body.read(), self.config.body_timeout_s)
+            except TimeoutError:
+                return self._too_slow()
+            if raw is None:
+                return self._too_large() if body.is_too_large else None
             loop = asyncio.get_running_loop()
-            answer = await loop.run_in_executor(self._pool, model.rank, body, clock.perf_counter())
+            answer = await loop.run_in_executor(self._pool, model.rank, raw, clock.perf_counter())
         finally:
             self._under_way -= 1
         return Reply(200, answer)
 
-    async def _body(self, headers: dict[bytes, bytes], receive: Receive) -> bytes | None:
-        """The body, or as much of it as shows that it is too large; None if the caller has gone."""
-        declared = headers.get(b"content-length", b"")
-        if declared.isdigit() and int(declared) > self._max_body:
-            return b" " * (self._max_body + 1)
-        parts: list[bytes] = []
-        size = 0
-        while True:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                return None
-            part = message.get("body", b"")
-            parts.append(part)
-            size += len(part)
-            if size > self._max_body or not message.get("more_body", False):
-                return b"".join(parts) if len(parts) > 1 else part
+    def _too_large(self) -> Reply:
+        message = f"the body must be at most {self.config.max_body_mib:g} MiB"
+        reply = _error(413, "BodyTooLarge", message, "send fewer candidates or events at once, or raise max_body_mib")
+        return reply._replace(headers=((b"connection", b"close"),))
+
+    def _too_slow(self) -> Reply:
+        message = f"the body must be sent within {self.config.body_timeout_s:g} s"
+        reply = _error(_TIMED_OUT, "BodyTimeout", message, "send it whole, or raise body_timeout_s")
+        return reply._replace(headers=((b"connection", b"close"),))
 
     def _ready(self) -> Reply:
         if self._model is None:
@@ -329,13 +372,16 @@ def example_request(scorer: Scorer) -> dict[str, Any]:
 # The process
 
 
-def serve(config: ServiceConfig, *, announce: Callable[[str], None] | None = None) -> None:
+def serve(
+    config: ServiceConfig, *, listener: socket.socket | None = None, announce: Callable[[str], None] | None = None
+) -> None:
     """Runs the service until it is told to stop (SIGTERM, SIGINT); requests under way are answered first.
 
     It listens at once and loads the model meanwhile: ``/health`` answers 200, ``/ready`` and ``/rank`` 503.
 
     Args:
         config: settings.
+        listener: bound socket to listen on; if not given, one of the settings' address.
         announce: called with the lines that say that the service is ready; printed if not given.
 
     Raises:
@@ -344,7 +390,7 @@ def serve(config: ServiceConfig, *, announce: Callable[[str], None] | None = Non
     """
     import uvicorn
 
-    with _listening(config.host, config.port) as listener:
+    with listening(config.host, config.port) if listener is None else nullcontext(listener) as listener:
         port = listener.getsockname()[1]
         app = RankingApp(config)
         server = uvicorn.Server(
@@ -366,6 +412,10 @@ def serve(config: ServiceConfig, *, announce: Callable[[str], None] | None = Non
         def load() -> None:
             try:
                 model = Model.load(config)
+                # What is loaded stays. Left to the collector, it would be walked through again and again: a pause of
+                # hundreds of milliseconds for everyone, every few large answers.
+                gc.collect()
+                gc.freeze()
                 app.use(model)
                 (announce or _print)(ready_lines(model, config.host, port))
             except BaseException as err:  # noqa: BLE001 - raised again below, in the thread that called
@@ -373,7 +423,7 @@ def serve(config: ServiceConfig, *, announce: Callable[[str], None] | None = Non
                 server.should_exit = True
 
         loading = threading.Thread(target=load, name="loader", daemon=True)
-        with _quiet_end():
+        with _quiet_end(), _quick_turns():
             loading.start()
             server.run(sockets=[listener])
         if failures:
@@ -381,28 +431,14 @@ def serve(config: ServiceConfig, *, announce: Callable[[str], None] | None = Non
 
 
 @contextmanager
-def _listening(host: str, port: int) -> Iterator[socket.socket]:
-    """A bound socket, taken before anything is loaded."""
+def _quick_turns() -> Iterator[None]:
+    """A thread that parses or encodes gives way to the event loop sooner: Python's own 5 ms are felt in ``/health``."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(_SWITCH_S)
     try:
-        family, kind, protocol, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-    except socket.gaierror as err:
-        raise UnavailableError(f"host {host!r} must be an address of this machine: {err.strerror}") from err
-    listener = socket.socket(family, kind, protocol)
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-    except OSError as err:
-        listener.close()
-        raise UnavailableError(
-            f"port {port} of {host} must be free: {err.strerror}",
-            hint="stop what listens there, or choose another port with --port (0 takes a free one)",
-        ) from err
-    try:
-        yield listener
+        yield
     finally:
-        listener.close()
+        sys.setswitchinterval(before)
 
 
 @contextmanager

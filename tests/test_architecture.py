@@ -35,11 +35,11 @@ def rule(first: str = "", third: str = "", *, own: bool = True) -> Rule:
 
 
 CONFIG = "recsys.errors recsys.config"
-SCHEMA = f"{CONFIG} recsys.schema"
-ENCODING = f"{SCHEMA} recsys.encoding"
-STORED = f"{ENCODING} recsys.training_set"
+SCHEMA = f"{CONFIG} recsys.derived recsys.schema"
+ENCODING = f"{SCHEMA} recsys.encoding recsys.files"
+STORED = f"{ENCODING} recsys.training_set recsys.windows"
 BATCHES = f"{STORED} recsys.batch recsys.embedded"
-SCORED = f"{BATCHES} recsys.artifact recsys.predictor recsys.ops feature_store.online"
+SCORED = f"{BATCHES} recsys.artifact recsys.manifest recsys.predictor recsys.ops feature_store.online"
 ARRAYS = "numpy pyarrow"
 SERVING = f"{ARRAYS} torch orjson pydantic"
 TRAINING = f"{ARRAYS} torch torchrec pydantic yaml rich psutil"
@@ -48,8 +48,12 @@ RULES = {
     "recsys": rule(own=False),
     "recsys.errors": rule(),
     "recsys.config": rule("recsys.errors", "pydantic yaml"),
-    "recsys.schema": rule(CONFIG, "pydantic yaml"),
-    "recsys.encoding": rule(SCHEMA, f"{ARRAYS} pydantic"),
+    "recsys.files": rule("recsys.errors"),
+    "recsys.derived": rule(CONFIG, "pydantic"),
+    "recsys.schema": rule(f"{CONFIG} recsys.derived", "pydantic yaml"),
+    # Numbers only: training and serving compute derived values through it.
+    "recsys.windows": rule("recsys.derived", "numpy"),
+    "recsys.encoding": rule(f"{SCHEMA} recsys.files", f"{ARRAYS} pydantic"),
     "recsys.training_set": rule(ENCODING, ARRAYS),
     "recsys.ops": rule("recsys.errors", "torch fbgemm_gpu triton"),
     "recsys.layers": rule("recsys.errors recsys.ops", "torch"),
@@ -58,14 +62,17 @@ RULES = {
     "recsys.batch": rule(STORED, f"{ARRAYS} torch"),
     "recsys.embedded": rule(f"{SCHEMA} recsys.batch", "torch"),
     "recsys.embeddings": rule(f"{SCHEMA} recsys.batch recsys.embedded recsys.ops", "torch torchrec fbgemm_gpu"),
-    # A model file knows the base class and never another model; only the registry sees them all.
+    # A model file knows the base class and what fields are, and never another model; only the registry sees them all.
     "recsys.models": rule(f"{SCHEMA} recsys.embeddings", "torch pydantic"),
     "recsys.models.*": rule(
-        f"{SCHEMA} recsys.batch recsys.embedded recsys.embeddings recsys.layers recsys.ops recsys.models.base",
+        f"{SCHEMA} recsys.batch recsys.embedded recsys.embeddings recsys.layers recsys.ops recsys.models.base "
+        "recsys.models.fields",
         "torch pydantic",
     ),
-    "recsys.artifact": rule(BATCHES, f"{ARRAYS} torch"),
-    "recsys.predictor": rule(f"{BATCHES} recsys.artifact recsys.ops", "numpy torch"),
+    "recsys.manifest": rule("recsys.errors"),
+    "recsys.artifact": rule(f"{BATCHES} recsys.manifest", f"{ARRAYS} torch"),
+    "recsys.compiled": rule(third="torch"),
+    "recsys.predictor": rule(f"{BATCHES} recsys.artifact recsys.compiled recsys.manifest recsys.ops", "numpy torch"),
     # The only modules that see every package.
     "recsys.cli": rule(" ".join(PACKAGES), "typer rich click"),
     "recsys.commands": rule(" ".join(PACKAGES), f"typer rich click polars {ARRAYS}"),
@@ -75,12 +82,14 @@ RULES = {
     "feature_store.distributed": rule(f"{STORED} feature_store", f"{ARRAYS} polars pydantic rich ray"),
     "feature_store.online": rule(STORED, f"{ARRAYS} pydantic lmdb redis"),
     "training": rule("recsys feature_store", TRAINING),
+    "training.power_law": rule("recsys.errors", "numpy"),
     "training.tracking": rule("recsys feature_store training", f"{TRAINING} mlflow pandas"),
     "training.distributed": rule("recsys feature_store training", f"{TRAINING} ray"),
     "training.tune": rule("recsys feature_store training", f"{TRAINING} ray"),
     "serving": rule(SCORED, SERVING),
     "serving.service": rule(f"{SCORED} serving", f"{SERVING} uvicorn uvloop httptools starlette"),
-    "serving.loader": rule(f"{SCORED} serving", f"{SERVING} mlflow"),
+    "serving.loader": rule("recsys.errors recsys.manifest", "mlflow"),
+    "serving.settings": rule("recsys.errors recsys.config recsys.manifest", "pydantic"),
     "serving.pyfunc": rule(f"{SCORED} serving", f"{SERVING} mlflow pandas"),
     "serving.mlflow_model": rule("serving.pyfunc", "mlflow"),
     "serving.batch": rule(f"{SCORED} serving", f"{SERVING} ray rich"),
@@ -92,9 +101,12 @@ RULES = {
 # Loading the first must not load any of the others.
 UNLOADED = {
     "recsys.cli": f"{ARRAYS} torch torchrec polars pandas pydantic mlflow ray feature_store training serving",
+    "recsys.files": f"{ARRAYS} torch polars pandas pydantic",
     "recsys.training_set": "torch",
     "feature_store.build": "torch mlflow ray pandas",
     "training.trainer": "ray mlflow pandas",
+    "serving.settings": "torch numpy pyarrow mlflow",
+    "serving.loader": "torch numpy pyarrow mlflow",
     "serving.scorer": "torchrec fbgemm_gpu polars pandas mlflow ray training feature_store",
     "serving.service": "torchrec fbgemm_gpu polars pandas mlflow ray training",
     "serving.online_features": "torchrec fbgemm_gpu polars pandas mlflow ray training lmdb redis",

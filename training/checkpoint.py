@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -30,7 +29,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from recsys.errors import CheckpointError
-from recsys.training_set import sha256_of, write_json
+from recsys.files import sha256_of, sync, write_json
 
 FORMAT_VERSION = 1
 _KEPT = 2
@@ -104,18 +103,18 @@ class CheckpointStore:
     def _commit(self, name: str, temporary: Path, progress: Mapping[str, Any]) -> None:
         files = {p.name: {"bytes": p.stat().st_size, "sha256": sha256_of(p)} for p in sorted(temporary.iterdir())}
         for file in files:
-            _sync(temporary / file)
+            sync(temporary / file)
         manifest = {"format_version": FORMAT_VERSION, "world": self._world, "progress": dict(progress), "files": files}
         write_json(temporary / "manifest.json", manifest)
-        _sync(temporary)
+        sync(temporary)
         final = self.folder / name
         if final.exists():  # left by a process that was killed before it could name it
             _remove(final)
         temporary.rename(final)
-        _sync(self.folder)
+        sync(self.folder)
         names = [name, *(n for n in self._existing() if n != name)][:_KEPT]
         write_json(self.folder / "latest.json", {"format_version": FORMAT_VERSION, "checkpoints": names})
-        _sync(self.folder)
+        sync(self.folder)
         self._sweep()
 
     def read_progress(self, name: str) -> dict[str, Any]:
@@ -217,14 +216,6 @@ def _remove(folder: Path) -> None:
     if not folder.name.startswith(".tmp-"):
         folder = folder.rename(folder.with_name(f".tmp-old-{folder.name}"))
     shutil.rmtree(folder)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _first_cause(err: BaseException) -> str:

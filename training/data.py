@@ -65,6 +65,25 @@ def ordered_requests(num_requests: int, *, piece: int = 1 << 18) -> Iterator[np.
         yield np.arange(first, min(first + piece, num_requests), dtype=np.int64)
 
 
+def sampled(pieces: Iterator[np.ndarray], fraction: float, *, seed: int) -> Iterator[np.ndarray]:
+    """A part of a stream of requests: each is in it or not whatever the order, and a larger part holds a smaller one.
+
+    Args:
+        pieces: positions of requests.
+        fraction: about how many, in (0, 1].
+        seed: at least 0; which ones.
+    """
+    for piece in pieces:
+        if fraction < 1:
+            # The finaliser of splitmix64: a number in [0, 2^64) for each request, the same in every epoch.
+            value = piece.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15 * (seed + 1) % 2**64)
+            value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+            value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+            value ^= value >> np.uint64(31)
+            piece = piece[value < np.uint64(fraction * 2.0**64)]
+        yield piece
+
+
 def packed(pieces: Iterator[np.ndarray], row_offsets: np.ndarray, batch_size: int) -> Iterator[np.ndarray]:
     """Cuts a stream of requests into batches of whole requests.
 
@@ -140,6 +159,8 @@ class BatchLoader:
         rank: of this process.
         world: number of processes.
         prefetch: batches built ahead; 0 builds them in the caller's thread.
+        fraction: share of the requests to read, in (0, 1]; the same ones in every epoch.
+        history_length: newest events of each history to read; the schema's bounds if not given.
 
     Example:
         >>> loader = BatchLoader(training_set, "train", 1024, ShuffleConfig(), seed=1)  # doctest: +SKIP
@@ -157,6 +178,8 @@ class BatchLoader:
     rank: int = 0
     world: int = 1
     prefetch: int = 4
+    fraction: float = 1.0
+    history_length: int | None = None
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
@@ -166,8 +189,12 @@ class BatchLoader:
 
     @property
     def num_rows(self) -> int:
-        """Rows of the whole split."""
-        return self.training_set.split(self.split).num_rows
+        """Rows of the part of the split that is read."""
+        part = self.training_set.split(self.split)
+        if self.fraction == 1:
+            return part.num_rows
+        pieces = sampled(ordered_requests(part.num_requests), self.fraction, seed=self.seed)
+        return sum(int((part.row_offsets[p + 1] - part.row_offsets[p]).sum()) for p in pieces)
 
     def plan(self) -> Iterator[np.ndarray]:
         """Positions of the requests of each global batch, from the first."""
@@ -176,7 +203,7 @@ class BatchLoader:
             stream = ordered_requests(part.num_requests)
         else:
             stream = shuffled_requests(part.num_requests, self.shuffle, seed=self.seed, epoch=self.epoch)
-        return packed(stream, part.row_offsets, self.batch_size)
+        return packed(sampled(stream, self.fraction, seed=self.seed), part.row_offsets, self.batch_size)
 
     def __iter__(self) -> Generator[LoadedBatch]:
         if self.prefetch == 0:
@@ -189,7 +216,8 @@ class BatchLoader:
             num_rows = int((row_offsets[requests + 1] - row_offsets[requests]).sum())
             mine = share(requests, row_offsets, self.rank, self.world)
             is_filler = len(mine) == 0
-            batch = Batch.from_training_set(self.training_set, self.split, requests[-1:] if is_filler else mine)
+            taken = requests[-1:] if is_filler else mine
+            batch = Batch.from_training_set(self.training_set, self.split, taken, max_length=self.history_length)
             if is_filler and batch.labels is not None:
                 batch = replace(batch, labels=torch.full_like(batch.labels, torch.nan))
             yield LoadedBatch(batch, index, num_rows, is_filler)

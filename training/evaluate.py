@@ -12,9 +12,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from recsys.metrics import Metrics, evaluate_scores
+from recsys.errors import ConfigError
+from recsys.metrics import Metrics, evaluate_scores, rela_impr
 from recsys.training_set import SOURCE_ROW, USER_ROW, TrainingSet, end_column, label_column, start_column
+from training.baselines import item_popularity
 from training.data import BatchLoader
+from training.run import TrainedRun
 from training.strategy import SingleProcess, Strategy
 
 
@@ -57,6 +60,7 @@ def predict(
     split: str,
     batch_size: int = 2048,
     *,
+    history_length: int | None = None,
     strategy: Strategy | None = None,
     advance: Callable[[int], None] = lambda _: None,
 ) -> Predictions:
@@ -65,6 +69,7 @@ def predict(
     Args:
         model: takes a batch, returns logits ``(N, T)``; on the strategy's device.
         batch_size: rows.
+        history_length: newest events of each history to read; the bounds of the schema if not given.
         strategy: the processes that score together; each gets every row's score. One on the model's device if not
             given.
         advance: called with the number of rows scored since the last call.
@@ -73,7 +78,9 @@ def predict(
         parameter = next(model.parameters(), None)
         strategy = SingleProcess("cpu" if parameter is None else str(parameter.device))
     part = training_set.split(split)
-    loader = BatchLoader(training_set, split, batch_size, rank=strategy.rank, world=strategy.world)
+    loader = BatchLoader(
+        training_set, split, batch_size, rank=strategy.rank, world=strategy.world, history_length=history_length
+    )
     num_tasks = len(training_set.schema.tasks)
     scores, positions = [np.zeros((0, num_tasks), np.float32)], [np.zeros(0, np.int64)]
     was_training = model.training
@@ -127,6 +134,52 @@ def evaluate(predictions: Predictions) -> dict[str, Metrics]:
         logits, labels = predictions.task(task)
         results[task] = evaluate_scores(labels, logits=logits, groups=predictions.groups)
     return results
+
+
+def base_metrics(
+    base: str, training_set: TrainingSet, predictions: Predictions, split: str, batch_size: int = 2048
+) -> dict[str, Metrics]:
+    """Metrics of what a model is compared with, over the same rows.
+
+    Args:
+        base: folder of a run on the same training set, or ``popularity`` for each item's click rate in training.
+        predictions: of the model, over ``split``: they give rows, labels and groups.
+
+    Raises:
+        ConfigError: the run was trained on another training set, or has other tasks.
+        IntegrityError: there is no such run.
+    """
+    if base == "popularity":
+        results = {}
+        for task in predictions.tasks:
+            scores = item_popularity(training_set, split, task)
+            labels = predictions.task(task)[1]
+            results[task] = evaluate_scores(labels, probabilities=scores, groups=predictions.groups)
+        return results
+    trained = TrainedRun.load(base)
+    if trained.training_set_fingerprint != training_set.fingerprint:
+        raise ConfigError(
+            f"base must be a run on the training set {training_set.folder}, but {base} was trained on another",
+            hint="metrics over different rows cannot be compared",
+        )
+    return evaluate(predict(trained.model, training_set, split, batch_size))
+
+
+def relative_improvements(
+    tasks: Mapping[str, Mapping[str, Any]], base: Mapping[str, Mapping[str, Any]]
+) -> dict[str, dict[str, float | None]]:
+    """RelaImpr of AUC and GAUC in percent, by task; None where one of the two is not defined or the base is one half.
+
+    Args:
+        tasks: metrics by task, from :func:`plain`.
+        base: the same of what is compared with.
+    """
+    found: dict[str, dict[str, float | None]] = {}
+    for task, metrics in tasks.items():
+        pairs = {name: (metrics[name], base[task][name]) for name in ("auc", "gauc")}
+        values = {n: math.nan if None in pair else rela_impr(*pair) for n, pair in pairs.items()}
+        found[task] = {name: None if math.isnan(value) else value for name, value in values.items()}
+    return found
 
 
 def plain(metrics: Mapping[str, Metrics]) -> dict[str, dict[str, Any]]:

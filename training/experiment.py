@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from feature_store.build import DataConfig
 from recsys.config import Config, apply_overrides, fingerprint, load_yaml, validate
+from recsys.derived import Name
 from recsys.errors import ConfigError, nearest
 from recsys.models import ModelConfig
-from recsys.schema import Name, Schema
+from recsys.schema import Schema
+from training.balancing import BalancingConfig, NoBalancing
 from training.data import ShuffleConfig
 from training.optim import AdagradConfig, DenseAdamConfig, DenseOptimizerConfig, EmbeddingOptimizerConfig
+from training.schedule import ConstantSchedule, ScheduleConfig
 from training.tracking import TrackingConfig
 
 MetricName = Literal["auc", "gauc", "logloss", "ne", "ece"]
@@ -45,17 +48,43 @@ class TrainingConfig(Config):
     embedding_optimizer: EmbeddingOptimizerConfig = AdagradConfig()
     dense_optimizer: DenseOptimizerConfig = DenseAdamConfig()
     gradient_clip_norm: float | None = Field(
-        None, gt=0, description="bound on the norm of the dense gradient; tables are updated before a norm is known"
+        None,
+        gt=0,
+        description="bound on the norm of the whole gradient; without the tables where their optimizer is fused",
     )
+    embedding_l2: float = Field(
+        0.0, ge=0, description="lambda of lambda / 2 times the sum of squares of all rows of all tables; for adam"
+    )
+    dense_l2: float = Field(0.0, ge=0, description="the same of the network's parameters but its biases")
+    mini_batch_aware_l2: float = Field(
+        0.0, ge=0, description="lambda of DIN's regularisation of the rows of a batch; paper: 0.01"
+    )
+    lr_schedule: ScheduleConfig = ConstantSchedule()
     task_weights: dict[Name, float] = Field(default_factory=dict, description="weight in the loss; 1 if not given")
+    task_balancing: BalancingConfig = NoBalancing()
     shuffle: ShuffleConfig = ShuffleConfig()
     selection: SelectionConfig = SelectionConfig()
+    data_fraction: float = Field(1.0, gt=0, le=1, description="share of the training requests to learn from, by seed")
+    history_length: int | None = Field(
+        None,
+        ge=1,
+        description="newest events read in place of a history's max_length, in studies; not for export",
+    )
     evaluation_batch_size: int = Field(2048, ge=1, description="rows")
     device: Literal["auto", "cpu", "cuda"] = "auto"
     num_threads: int | None = Field(None, ge=1, description="of torch, a process; its own choice if not given")
     prefetch_batches: int = Field(4, ge=0, description="built ahead in the background")
     checkpoint_every_s: float = Field(300.0, gt=0, description="seconds, besides one an epoch")
     log_every_steps: int = Field(100, ge=1, description="steps between two lines of training loss")
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if self.embedding_l2 and self.embedding_optimizer.kind != "adam":
+            raise ValueError(
+                f"embedding_l2 must be 0 with embedding_optimizer.kind {self.embedding_optimizer.kind!r}, which never "
+                f"sees the rows outside a batch, got {self.embedding_l2}; take kind 'adam', or mini_batch_aware_l2"
+            )
+        return self
 
 
 _DECIDES_NOTHING = frozenset(
@@ -81,7 +110,9 @@ class ExperimentConfig(Config):
     """
 
     name: Name
-    schema_file: str = Field(min_length=1, description="relative to this file")
+    schema_file: str = Field(
+        min_length=1, description="relative to this file, unlike the folders of data: those start at the working folder"
+    )
     data: DataConfig
     model: ModelConfig
     training: TrainingConfig = TrainingConfig()
@@ -111,6 +142,9 @@ class ExperimentConfig(Config):
 def load_experiment(path: str | Path, overrides: Iterable[str] = ()) -> tuple[ExperimentConfig, Schema]:
     """Reads an experiment and the schema that it names.
 
+    The schema's path is relative to the experiment's file: both belong together, wherever they are used from. The
+    folders of data are relative to the working folder, as all paths on the command line are.
+
     Args:
         path: a YAML file.
         overrides: ``a.b=c`` each.
@@ -120,9 +154,22 @@ def load_experiment(path: str | Path, overrides: Iterable[str] = ()) -> tuple[Ex
     """
     path = Path(path)
     experiment = validate(ExperimentConfig, apply_overrides(load_yaml(path), overrides), source=str(path))
-    schema = Schema.load(path.parent / experiment.schema_file)
+    schema = Schema.load(_schema_path(path, experiment.schema_file))
     check_tasks(experiment, schema, source=str(path))
     return experiment, schema
+
+
+def _schema_path(experiment: Path, schema_file: str) -> Path:
+    """Where the schema of an experiment is."""
+    path = experiment.parent / schema_file
+    if path.exists():
+        return path
+    beside = [p.name for p in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
+    raise ConfigError(
+        f"{experiment}: schema_file must be a file, relative to this one, got {schema_file!r}: {path.resolve()} does "
+        "not exist",
+        hint=nearest(path.name, beside) if beside else "only the folders of data start at the working folder",
+    )
 
 
 def check_tasks(experiment: ExperimentConfig, schema: Schema, *, source: str) -> None:

@@ -13,7 +13,7 @@ import os
 import platform
 import shutil
 import time as clock
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -39,12 +39,13 @@ from recsys.artifact import (
 )
 from recsys.batch import Bags, Batch, Column, HistoryBatch
 from recsys.config import Config, fingerprint
-from recsys.embedded import widths
+from recsys.embedded import Space, widths
 from recsys.errors import ArtifactError, MissingDependencyError
+from recsys.files import write_json
 from recsys.models import RankingModel
 from recsys.predictor import Predictor, quiet, torch_version
 from recsys.schema import UNKNOWN_ID, Schema
-from recsys.training_set import TrainingSet, event_log_paths, write_json
+from recsys.training_set import TIME, TrainingSet, event_log_paths
 
 Snapshot = Literal["none", "items", "all"]
 
@@ -80,13 +81,14 @@ class FlatNetwork(nn.Module):
             program of a single request is.
         schema: what the features are.
         form: of any number of requests, or of one.
+        spaces: of vectors, besides the main one.
     """
 
-    def __init__(self, network: nn.Module, schema: Schema, form: Form) -> None:
+    def __init__(self, network: nn.Module, schema: Schema, form: Form, spaces: Sequence[Space] = ()) -> None:
         super().__init__()
         self.network = network
         self._schema = schema
-        self._names = input_names(schema, form)
+        self._names = input_names(schema, form, spaces)
         single = getattr(network, "single_request", None)
         self._forward: Callable[..., Tensor] = single if form == "single" and single is not None else network
 
@@ -148,7 +150,7 @@ def export_artifact(
             write_self_test(writer.folder / SELF_TEST, batches, logits)
             stage("Exporting the network")
             forms: tuple[Form, ...] = ("many", "single")
-            exported = {f: _export(model.network, schema, f, model.lookup.embedding_dim) for f in forms}
+            exported = {f: _export(model, schema, f) for f in forms}
             for form, program in exported.items():
                 with quiet():
                     torch.export.save(program, writer.folder / PORTABLE[form])
@@ -163,10 +165,12 @@ def export_artifact(
                     "schema_fingerprint": fingerprint(schema),
                     "encoder_fingerprint": training_set.encoder.fingerprint,
                     "training_set_fingerprint": training_set.fingerprint,
+                    "training_period_us": _period(training_set),
                     "model": None if model_config is None else model_config.model_dump(mode="json"),
                     "tasks": [t.name for t in schema.tasks],
                     "tables": tables,
-                    "inputs": {form: input_names(schema, form) for form in ("many", "single")},
+                    "spaces": [space.to_json() for space in model.lookup.spaces],
+                    "inputs": {form: input_names(schema, form, model.lookup.spaces) for form in forms},
                     "programs": {"portable": PORTABLE, "compiled": compiled},
                     "torch": torch_version(),
                     "self_test": {"file": SELF_TEST, "tolerance": TOLERANCE},
@@ -191,12 +195,18 @@ def _tables(model: RankingModel, training_set: TrainingSet) -> dict[str, np.ndar
         if len(parts) >= 3 and parts[-3] == "embedding_bags" and parts[-1] == "weight":
             found[parts[-2]] = value.detach().cpu().float().numpy()
     sizes = training_set.encoder.table_sizes
-    if {n: len(w) for n, w in found.items()} != dict(sizes):
+    if {n: len(w) for n, w in found.items() if "@" not in n} != dict(sizes):
         raise ArtifactError(
             f"model must have the tables {', '.join(sizes)} with the encoder's rows, got {', '.join(found) or 'none'}",
             hint="export the model together with the training set that it was trained on",
         )
-    return {n: found[n] for n in sizes}
+    return found
+
+
+def _period(training_set: TrainingSet) -> list[int] | None:
+    """First and last time of the training split's requests, UTC microseconds; None where it is empty."""
+    times = training_set.split("train").requests.array(TIME)
+    return [int(times.min()), int(times.max())] if len(times) else None
 
 
 def _copy_snapshot(training_set: TrainingSet, folder: Path, snapshot: Snapshot) -> None:
@@ -287,32 +297,37 @@ def _unknown(batch: Batch) -> Batch:
 # Programs
 
 
-def _export(network: nn.Module, schema: Schema, form: Form, embedding_dim: int) -> torch.export.ExportedProgram:
+def _export(model: RankingModel, schema: Schema, form: Form) -> torch.export.ExportedProgram:
     """Exports one form of a network, with rows, histories and requests of any number."""
-    inputs, dynamic = example_inputs(schema, form, embedding_dim)
-    flat = FlatNetwork(network, schema, form).eval()
+    spaces = model.lookup.spaces
+    inputs, dynamic = example_inputs(schema, form, model.lookup.embedding_dim, spaces)
+    flat = FlatNetwork(model.network, schema, form, spaces).eval()
     with torch.no_grad(), quiet():
         return torch.export.export(flat, tuple(inputs), dynamic_shapes=(tuple(dynamic),))
 
 
-def example_inputs(schema: Schema, form: Form, embedding_dim: int) -> tuple[list[Tensor], list[dict[int, Any]]]:
+def example_inputs(
+    schema: Schema, form: Form, embedding_dim: int, spaces: Sequence[Space] = ()
+) -> tuple[list[Tensor], list[dict[int, Any]]]:
     """Inputs of a program to trace it with, and which of their dimensions vary.
 
     Every dimension that varies has a size of its own here: the exporter takes equal sizes for the same dimension.
     """
     num_requests, num_rows = (1, 17) if form == "single" else (3, 17)
-    width = widths(schema, embedding_dim)
+    width = widths(schema, embedding_dim, spaces)
     length = {h.name: 23 + 2 * place for place, h in enumerate(schema.histories)}
     generator = torch.Generator().manual_seed(0)
     any_number = torch.export.Dim.DYNAMIC
     of_requests: dict[int, Any] = {} if form == "single" else {0: any_number}
     inputs: list[Tensor] = []
     dynamic: list[dict[int, Any]] = []
-    for name in input_names(schema, form):
+    for name in input_names(schema, form, spaces):
         side, _, feature = name.partition("/")
         if name == "@request_of_row":
             tensor = torch.arange(num_rows) * num_requests // num_rows
             varies: dict[int, Any] = {0: any_number}
+        elif name == "@time":
+            tensor, varies = torch.zeros(num_requests, dtype=torch.int64), of_requests
         elif side == "request":
             tensor, varies = torch.randn(num_requests, width[feature], generator=generator), of_requests
         elif side == "candidate":

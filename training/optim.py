@@ -1,12 +1,18 @@
-"""Optimizers: one fused into the backward pass for the embedding tables, one ordinary one for all the rest.
+"""Optimizers: one for the embedding tables, one for all the rest.
 
-A step looks up a few thousand of a table's millions of rows. FBGEMM applies the embedding optimizer inside the backward
-pass, to those rows only: no dense gradient of the table ever exists, and the other rows and their state are neither
-read nor written. So the embedding optimizer has no ``step``: ``loss.backward()`` is its step, and it sees the gradient
-of the loss exactly as given.
+Two families for the tables:
 
-No embedding optimizer has weight decay: FBGEMM 1.8 has none for Adagrad and SGD, and its CPU kernel of row-wise Adagrad
-takes the argument and ignores it.
+- **Fused** (Adagrad, row-wise Adagrad, SGD). A step looks up a few thousand of a table's millions of rows. FBGEMM
+  applies the optimizer inside the backward pass, to those rows only: no dense gradient of the table ever exists, and
+  the other rows and their state are neither read nor written. Such an optimizer has no ``step``: ``loss.backward()`` is
+  its step, and it sees the gradient of the loss exactly as given.
+- **With gradients** (Adam, lazy Adam). FBGEMM 1.8 refuses Adam on the CPU, so these tables keep torch's own look-up and
+  get gradients like any parameter. ``adam`` is Adam on the dense gradient: every row moves at every step, as in
+  frameworks where a table is a plain parameter. ``lazy_adam`` has sparse gradients and moves the looked-up rows alone.
+  Their gradients count in ``gradient_clip_norm``; tables under fused optimizers are updated before a norm is known.
+
+No optimizer of tables has weight decay of its own: FBGEMM 1.8 has none for Adagrad and SGD, and its CPU kernel of
+row-wise Adagrad takes the argument and ignores it. See :mod:`training.regularisation`.
 """
 
 from __future__ import annotations
@@ -28,6 +34,9 @@ from recsys.errors import ConfigError
 
 _MOST_ROWS = 2**31 - 1
 """TorchRec's fused collection hands ids to FBGEMM as int32."""
+
+
+Betas = tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]]
 
 
 class RowwiseAdagradConfig(Config):
@@ -53,7 +62,31 @@ class SGDConfig(Config):
     lr: float = Field(0.1, gt=0)
 
 
-EmbeddingOptimizerConfig = Annotated[RowwiseAdagradConfig | AdagradConfig | SGDConfig, Field(discriminator="kind")]
+class AdamConfig(Config):
+    """Adam (Kingma and Ba, ICLR 2015) over whole tables: rows outside the batch move too, on their decaying moments.
+
+    Two floats of state a weight, and O(table) work a step: for tables of up to some 100,000 rows.
+    """
+
+    kind: Literal["adam"] = "adam"
+    lr: float = Field(1e-3, gt=0)
+    betas: Betas = (0.9, 0.999)
+    eps: float = Field(1e-8, gt=0)
+
+
+class LazyAdamConfig(Config):
+    """Adam on the looked-up rows alone: see :class:`LazyAdam`. Two floats of state a weight."""
+
+    kind: Literal["lazy_adam"] = "lazy_adam"
+    lr: float = Field(1e-3, gt=0)
+    betas: Betas = (0.9, 0.999)
+    eps: float = Field(1e-8, gt=0)
+
+
+FusedConfig = RowwiseAdagradConfig | AdagradConfig | SGDConfig
+"""Optimizers that FBGEMM runs inside the backward pass."""
+
+EmbeddingOptimizerConfig = Annotated[FusedConfig | AdamConfig | LazyAdamConfig, Field(discriminator="kind")]
 
 
 class DenseAdamConfig(Config):
@@ -61,7 +94,7 @@ class DenseAdamConfig(Config):
 
     kind: Literal["adam"] = "adam"
     lr: float = Field(1e-3, gt=0)
-    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
+    betas: Betas = (0.9, 0.999)
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.0, ge=0)
 
@@ -71,7 +104,7 @@ class DenseAdamWConfig(Config):
 
     kind: Literal["adamw"] = "adamw"
     lr: float = Field(1e-3, gt=0)
-    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
+    betas: Betas = (0.9, 0.999)
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.01, ge=0)
 
@@ -111,8 +144,29 @@ class EmbeddingOptimizer(NamedTuple):
     kwargs: dict[str, Any]
 
 
-def embedding_optimizer(config: EmbeddingOptimizerConfig) -> EmbeddingOptimizer:
-    """The optimizer that a config describes, for :func:`fuse_embeddings` or for sharded tables."""
+class TableRows(NamedTuple):
+    """The part of a table that a process holds.
+
+    Attributes:
+        weight: (rows, width), the storage itself.
+        first: the table's row that stands first in it.
+    """
+
+    weight: Tensor
+    first: int
+
+
+def rows_of_tables(model: nn.Module) -> dict[str, TableRows]:
+    """Every table of a model whose tables are whole, fused or not, by table."""
+    found: dict[str, TableRows] = {}
+    for module in model.modules():
+        if isinstance(module, EmbeddingBagCollection | FusedEmbeddingBagCollection):
+            found |= {name: TableRows(bag.weight, 0) for name, bag in module.embedding_bags.items()}
+    return found
+
+
+def embedding_optimizer(config: FusedConfig) -> EmbeddingOptimizer:
+    """The fused optimizer that a config describes, for :func:`fuse_embeddings` or for sharded tables."""
     match config:
         case RowwiseAdagradConfig():
             return EmbeddingOptimizer(RowWiseAdagrad, {"lr": config.lr, "eps": config.eps})
@@ -122,7 +176,7 @@ def embedding_optimizer(config: EmbeddingOptimizerConfig) -> EmbeddingOptimizer:
             return EmbeddingOptimizer(torch.optim.SGD, {"lr": config.lr})
 
 
-def fuse_embeddings(model: nn.Module, config: EmbeddingOptimizerConfig, *, device: torch.device) -> KeyedOptimizer:
+def fuse_embeddings(model: nn.Module, config: FusedConfig, *, device: torch.device) -> KeyedOptimizer:
     """Replaces every embedding collection of a model by one whose optimizer is fused into its backward pass.
 
     The weights and the names in the state dict stay as they were.
@@ -159,6 +213,115 @@ def fuse_embeddings(model: nn.Module, config: EmbeddingOptimizerConfig, *, devic
         setattr(model.get_submodule(parent), name, replacement)
         fused.append((path, replacement.fused_optimizer()))
     return CombinedOptimizer(fused)
+
+
+class LazyAdam(torch.optim.Optimizer):
+    r"""Adam that reads and writes the rows of the gradient alone.
+
+    .. math:: m_j \leftarrow \beta_1 m_j + (1 - \beta_1) g_j, \qquad v_j \leftarrow \beta_2 v_j + (1 - \beta_2) g_j^2,
+              \qquad w_j \leftarrow w_j - \eta \frac{m_j / (1 - \beta_1^t)}{\sqrt{v_j / (1 - \beta_2^t)} + \epsilon}
+
+    for the rows :math:`j` that were looked up. **Bias correction counts steps, not visits**: :math:`t` is the number of
+    steps taken, the same for every row. The moments of a row outside the batch wait as they are: they do not decay. A
+    row that is first seen late therefore moves by up to :math:`(1 - \beta_1) / \sqrt{1 - \beta_2}` times :math:`\eta`,
+    3.2 times with the usual betas. Where every row is in every batch, this is Adam.
+
+    The same rule as ``torch.optim.SparseAdam`` but for :math:`\epsilon`, which stands outside the corrected root, as in
+    Adam.
+
+    Source: Kingma and Ba, "Adam: A Method for Stochastic Optimization", ICLR 2015, algorithm 1.
+
+    Args:
+        params: (rows, width) each; their gradients must be sparse in the first dimension.
+    """
+
+    def __init__(self, params: Iterable[Tensor], *, lr: float, betas: tuple[float, float], eps: float) -> None:
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps})
+        for group in self.param_groups:
+            for p in group["params"]:
+                self.state[p] = {
+                    "step": torch.zeros((), dtype=torch.float32),
+                    "exp_avg": torch.zeros_like(p),
+                    "exp_avg_sq": torch.zeros_like(p),
+                }
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """One step of every table that has a gradient."""
+        assert closure is None
+        for group in self.param_groups:
+            beta1, beta2 = group["betas"]
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                state["step"] += 1
+                t = float(state["step"])
+                gradient = p.grad.coalesce()
+                rows, g = gradient.indices()[0], gradient.values()
+                m = state["exp_avg"].index_select(0, rows).lerp_(g, 1.0 - beta1)
+                v = state["exp_avg_sq"].index_select(0, rows).mul_(beta2).addcmul_(g, g, value=1.0 - beta2)
+                state["exp_avg"].index_copy_(0, rows, m)
+                state["exp_avg_sq"].index_copy_(0, rows, v)
+                root = v.sqrt_().div_((1.0 - beta2**t) ** 0.5).add_(group["eps"])
+                p.index_add_(0, rows, m.div_(root), alpha=-group["lr"] / (1.0 - beta1**t))
+
+
+def table_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The tables of collections that are neither fused nor sharded, by name."""
+    return {
+        f"{path}.{name}": parameter
+        for path, module in model.named_modules()
+        if isinstance(module, EmbeddingBagCollection)
+        for name, parameter in module.named_parameters()
+    }
+
+
+def optimize_tables(
+    tables: dict[str, nn.Parameter], model: nn.Module, config: AdamConfig | LazyAdamConfig
+) -> KeyedOptimizer:
+    """The optimizer of tables that keep their gradients, its state keyed by table and allocated.
+
+    Args:
+        tables: by name, from :func:`table_parameters`; on their device.
+        model: theirs; for ``lazy_adam``, its look-ups are told to give sparse gradients.
+    """
+    if isinstance(config, LazyAdamConfig):
+        for module in model.modules():
+            if isinstance(module, EmbeddingBagCollection):
+                for bag in module.embedding_bags.values():
+                    bag.sparse = True
+        return KeyedOptimizerWrapper(
+            dict(tables), lambda values: LazyAdam(values, lr=config.lr, betas=config.betas, eps=config.eps)
+        )
+    # The fused kernel goes over a table once where the plain one goes seven times.
+    optimizer = KeyedOptimizerWrapper(
+        dict(tables),
+        lambda values: torch.optim.Adam(values, config.lr, betas=config.betas, eps=config.eps, fused=True),
+    )
+    _allocate_state(optimizer)
+    return optimizer
+
+
+def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> None:
+    r"""Scales gradients, dense and sparse, so that the norm of all of them together is at most ``max_norm``.
+
+    .. math:: g \leftarrow g \cdot \min\left(1, \frac{c}{\lVert g \rVert_2 + 10^{-6}}\right)
+
+    as :func:`torch.nn.utils.clip_grad_norm_`, which takes dense gradients only.
+    """
+    values = []
+    for p in parameters:
+        if p.grad is not None and p.grad.is_sparse:
+            p.grad = p.grad.coalesce()  # entries of one row must be added before they are squared
+        if p.grad is not None:
+            values.append(p.grad.values() if p.grad.is_sparse else p.grad)
+    if not values:
+        return
+    norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(v) for v in values]))
+    scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    for v in values:
+        v.mul_(scale)
 
 
 def dense_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -11,9 +11,7 @@ and :func:`reliability_bins` turn predictions into those parts of it that are fi
 from __future__ import annotations
 
 import math
-import os
-import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -21,8 +19,10 @@ from typing import Any, Literal
 import numpy as np
 import yaml
 
+from recsys.files import write_text
 from recsys.metrics import Metrics, auc, reliability_by_quantile
 from training.report_chart import Plot, escape, round_ticks
+from training.report_page import chart, figure, page, short, table, titled
 
 Role = Literal["model", "ceiling", "floor"]
 
@@ -226,50 +226,17 @@ def write_report(path: str | Path, data: ReportData) -> Path:
         The path, absolute.
     """
     path = Path(path).absolute()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".tmp-{path.name}-")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(render_report(data))
-            file.flush()
-            os.fsync(file.fileno())
-        Path(temporary).chmod(0o644)
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    write_text(path, render_report(data))
     return path
 
 
 def render_report(data: ReportData) -> str:
     """The report as HTML text."""
-    style = Path(__file__).with_name("report.css").read_text(encoding="utf-8")
     sections = [_task_section(task, data, alone=len(data.tasks) == 1) for task in data.tasks]
     if data.curve is not None and (data.curve.train_loss or data.curve.validation):
         sections.append(_curve_section(data.curve))
     sections += [_data_section(data.data), _config_section(data.config), _environment_section(data.environment)]
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
-<title>{escape(data.title)} \u00b7 run report</title>
-<style>{style}</style>
-</head>
-<body>
-<main>
-<header>
-<h1>{escape(data.title)}</h1>
-<p class="subtitle">{escape(data.subtitle)}</p>
-<p class="when">{escape(data.created_at)}</p>
-</header>
-{"".join(sections)}
-</main>
-</body>
-</html>
-"""
+    return page(f"{data.title} \u00b7 run report", data.title, data.subtitle, data.created_at, sections)
 
 
 # Sections
@@ -302,9 +269,9 @@ def _gap_sentence(task: TaskReport) -> str:
         return ""
     share = (model - floor) / (ceiling - floor)
     return (
-        f'<p class="lead">AUC <strong>{_figure(model)}</strong>: the model closes <strong>{share:.0%}</strong> '
-        f"of the gap between {escape(by_role['floor'].name)} ({_figure(floor)}) and {escape(by_role['ceiling'].name)} "
-        f"({_figure(ceiling)}).</p>"
+        f'<p class="lead">AUC <strong>{figure(model)}</strong>: the model closes <strong>{share:.0%}</strong> '
+        f"of the gap between {escape(by_role['floor'].name)} ({figure(floor)}) and {escape(by_role['ceiling'].name)} "
+        f"({figure(ceiling)}).</p>"
     )
 
 
@@ -325,7 +292,7 @@ def _score_table(task: TaskReport) -> str:
     body = []
     for row in task.scores:
         m = row.metrics
-        cells = "".join(f'<td class="number">{_figure(v)}</td>' for v in (m.auc, m.gauc, m.logloss, m.ne, m.ece))
+        cells = "".join(f'<td class="number">{figure(v)}</td>' for v in (m.auc, m.gauc, m.logloss, m.ne, m.ece))
         chip = "" if row.role == "model" else f' <span class="chip">{row.role}</span>'
         body.append(
             f'<tr class="{row.role}"><th scope="row">{escape(row.name)}{chip}</th>{cells}'
@@ -355,21 +322,21 @@ def _reliability_figure(task: TaskReport) -> str:
         plot.dot(
             point.predicted,
             point.observed,
-            f"predicted {_figure(point.predicted)}, observed {_figure(point.observed)}, {point.num_rows:,} rows",
+            f"predicted {figure(point.predicted)}, observed {figure(point.observed)}, {point.num_rows:,} rows",
         )
     plot.label(axis[-1], axis[-1], "perfect", dx=-26, dy=10)
     gap = sum(abs(b.predicted - b.observed) * b.num_rows for b in bins) / total
-    alt = f"{len(bins)} bins; the mean distance between predicted and observed rate is {_figure(gap)}."
-    table = _table(
+    alt = f"{len(bins)} bins; the mean distance between predicted and observed rate is {figure(gap)}."
+    listing = table(
         ("Predicted", "Observed", "Rows"),
-        [(_figure(b.predicted), _figure(b.observed), f"{b.num_rows:,}") for b in bins],
+        [(figure(b.predicted), figure(b.observed), f"{b.num_rows:,}") for b in bins],
         row_heads=False,
     )
-    return _chart(
+    return chart(
         "Reliability",
         "Bins of equally many rows; bars are 95 % intervals of the observed rate.",
         plot.svg(f"Reliability of {task.name}", alt),
-        table,
+        listing,
     )
 
 
@@ -384,7 +351,7 @@ def _history_figure(task: TaskReport) -> str:
         x_title="events before the request; rows below",
         y_title="AUC",
         x_range=(0.0, float(len(buckets))),
-        x_labels=[(b.label, _short(b.num_rows)) for b in buckets],
+        x_labels=[(b.label, short(b.num_rows)) for b in buckets],
     )
     if axis[0] <= 0.5:
         plot.line([(0.0, 0.5), (float(len(buckets)), 0.5)], "reference")
@@ -394,18 +361,18 @@ def _history_figure(task: TaskReport) -> str:
             plot.whisker(place + 0.5, low, high)
     for place, bucket in enumerate(buckets):
         if not math.isnan(bucket.auc):
-            title = f"{bucket.label} events: AUC {_figure(bucket.auc)}, {bucket.num_rows:,} rows"
+            title = f"{bucket.label} events: AUC {figure(bucket.auc)}, {bucket.num_rows:,} rows"
             plot.dot(place + 0.5, bucket.auc, title)
-    alt = "; ".join(f"{b.label} events: {_figure(b.auc)} over {b.num_rows:,} rows" for b in buckets) + "."
-    table = _table(
+    alt = "; ".join(f"{b.label} events: {figure(b.auc)} over {b.num_rows:,} rows" for b in buckets) + "."
+    listing = table(
         ("Events", "AUC", "Rows", "Positives"),
-        [(b.label, _figure(b.auc), f"{b.num_rows:,}", f"{b.num_positives:,}") for b in buckets],
+        [(b.label, figure(b.auc), f"{b.num_rows:,}", f"{b.num_positives:,}") for b in buckets],
     )
-    return _chart(
+    return chart(
         "AUC by history length",
         "Bars are 95 % intervals (Hanley and McNeil).",
         plot.svg(f"AUC of {task.name} by history length", alt),
-        table,
+        listing,
     )
 
 
@@ -431,14 +398,14 @@ def _curve_section(curve: LearningCurve) -> str:
             for x, y in points:
                 best = is_validation and x == curve.best_epoch
                 size = "best" if best else "small" if len(points) > 20 else ""
-                plot.dot(x, y, f"epoch {x:g}: {_figure(y)}", size)
+                plot.dot(x, y, f"epoch {x:g}: {figure(y)}", size)
         direction = ("highest" if curve.higher_is_better else "lowest") if is_validation else "last"
         chosen = (max if curve.higher_is_better else min)(values) if is_validation else values[-1]
-        alt = f"{name} over {last:g} epochs, from {_figure(values[0])}; {direction} {_figure(chosen)}."
+        alt = f"{name} over {last:g} epochs, from {figure(values[0])}; {direction} {figure(chosen)}."
         thin = points if len(points) <= 40 else points[:: math.ceil(len(points) / 40)]
-        table = _table(("Epochs", name), [(f"{x:g}", _figure(y)) for x, y in thin])
+        listing = table(("Epochs", name), [(f"{x:g}", figure(y)) for x, y in thin])
         note = "Mean since the point before." if not is_validation else _best_note(curve)
-        figures.append(_chart(name, note, plot.svg(name, alt), table))
+        figures.append(chart(name, note, plot.svg(name, alt), listing))
     return f"""<section aria-label="Training">
 <h2>Training</h2>
 <div class="charts">{"".join(figures)}</div>
@@ -453,17 +420,17 @@ def _best_note(curve: LearningCurve) -> str:
 
 
 def _data_section(data: DataSummary) -> str:
-    parts = [_titled("Rows", _table(("Part", "Rows"), [(name, f"{count:,}") for name, count in data.rows.items()]))]
+    parts = [titled("Rows", table(("Part", "Rows"), [(name, f"{count:,}") for name, count in data.rows.items()]))]
     if data.boundaries:
-        parts.append(_titled("Splits", _table(("Boundary", "Value"), list(data.boundaries.items()), numbers=False)))
+        parts.append(titled("Splits", table(("Boundary", "Value"), list(data.boundaries.items()), numbers=False)))
     if data.quarantined:
         rows = [(reason, f"{count:,}") for reason, count in data.quarantined.items()]
-        parts.append(_titled("Quarantined rows", _table(("Reason", "Rows"), rows)))
+        parts.append(titled("Quarantined rows", table(("Reason", "Rows"), rows)))
     else:
-        parts.append(_titled("Quarantined rows", '<p class="quiet">None.</p>'))
+        parts.append(titled("Quarantined rows", '<p class="quiet">None.</p>'))
     if data.fingerprints:
         rows = [(name, value) for name, value in data.fingerprints.items()]
-        parts.append(_titled("Fingerprints", _table(("Of", "sha256"), rows, numbers=False, code=True), wide=True))
+        parts.append(titled("Fingerprints", table(("Of", "sha256"), rows, numbers=False, code=True), wide=True))
     return f"""<section aria-label="Data">
 <h2>Data <span class="aside">{escape(data.name)}</span></h2>
 <div class="facts">{"".join(parts)}</div>
@@ -481,33 +448,15 @@ def _config_section(config: Mapping[str, Any]) -> str:
 
 
 def _environment_section(environment: Mapping[str, str]) -> str:
-    table = _table(("Name", "Value"), [(name, str(value)) for name, value in environment.items()], numbers=False)
+    listing = table(("Name", "Value"), [(name, str(value)) for name, value in environment.items()], numbers=False)
     return f"""<section aria-label="Environment">
 <h2>Environment</h2>
-<div class="facts">{table}</div>
+<div class="facts">{listing}</div>
 </section>
 """
 
 
 # Pieces
-
-
-def _figure(value: float) -> str:
-    """Four decimals, more for what would read 0.0000; an en dash for what is undefined."""
-    if not math.isfinite(value):
-        return "\u2013" if math.isnan(value) else ("\u221e" if value > 0 else "\u2212\u221e")
-    if value != 0 and abs(value) < 0.001:
-        return f"{value:.2e}"
-    return f"{value:.4f}" if abs(value) < 1000 else f"{value:,.0f}"
-
-
-def _short(count: int) -> str:
-    """A count in at most four characters: 950, 12k, 1.4M."""
-    for unit, name in ((1_000_000_000, "G"), (1_000_000, "M"), (1_000, "k")):
-        if count >= unit:
-            scaled = count / unit
-            return f"{scaled:.1f}{name}" if scaled < 9.95 else f"{scaled:.0f}{name}"
-    return str(count)
 
 
 def _plain(value: Any) -> Any:
@@ -516,38 +465,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (list, tuple, set, frozenset)):
         return [_plain(v) for v in value]
     return value if isinstance(value, (str, int, float, bool)) or value is None else str(value)
-
-
-def _table(
-    heads: Sequence[str],
-    rows: Iterable[Sequence[str]],
-    *,
-    numbers: bool = True,
-    code: bool = False,
-    row_heads: bool = True,
-) -> str:
-    """A table; the first column heads its row, the others are numbers unless told otherwise."""
-
-    def cell(place: int, text: str) -> str:
-        if place == 0 and row_heads:
-            return f'<th scope="row">{escape(text)}</th>'
-        shown = f"<code>{escape(text)}</code>" if code else escape(text)
-        return f'<td class="number">{shown}</td>' if numbers else f"<td>{shown}</td>"
-
-    head = "".join(
-        f'<th scope="col"{" class=number" if numbers and (place or not row_heads) else ""}>{escape(h)}</th>'
-        for place, h in enumerate(heads)
-    )
-    body = "".join(f"<tr>{''.join(cell(p, t) for p, t in enumerate(row))}</tr>" for row in rows)
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-
-
-def _titled(title: str, body: str, *, wide: bool = False) -> str:
-    return f"<div{' class=whole' if wide else ''}><h3>{escape(title)}</h3>{body}</div>"
-
-
-def _chart(title: str, note: str, svg: str, table: str) -> str:
-    return (
-        f'<figure><figcaption><h3>{escape(title)}</h3><p class="quiet">{escape(note)}</p></figcaption>{svg}'
-        f"<details><summary>Figures</summary>{table}</details></figure>"
-    )

@@ -25,9 +25,10 @@ from typing import Any, Self
 
 from recsys.config import validate
 from recsys.errors import ConfigError, IntegrityError
+from recsys.files import write_json
 from recsys.models import RankingModel, build_model
 from recsys.schema import Schema
-from recsys.training_set import TrainingSet, write_json
+from recsys.training_set import TrainingSet
 from training.checkpoint import CheckpointStore
 from training.experiment import ExperimentConfig
 

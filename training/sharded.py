@@ -7,6 +7,7 @@ objective is a sum over the global batch, so that the ranks together take the ve
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -22,13 +23,21 @@ from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backwa
 from torchrec.optim.keyed import CombinedOptimizer
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
-from recsys.layers.activations import Dice, Moments
+from recsys.layers.activations import Moments
 from recsys.models import RankingModel
 from training.optim import (
+    AdamConfig,
     DenseOptimizerConfig,
     EmbeddingOptimizerConfig,
+    FusedConfig,
+    LazyAdamConfig,
+    TableRows,
     dense_optimizer,
+    dense_parameters,
     embedding_optimizer,
+    optimize_tables,
+    rows_of_tables,
+    table_parameters,
 )
 from training.strategy import Prepared
 
@@ -53,7 +62,13 @@ class ShardedProcesses:
         embedding: EmbeddingOptimizerConfig,
         dense: DenseOptimizerConfig,
     ) -> Prepared:
-        """Shards every table by rows, replicates the rest, and builds the optimizers."""
+        """Shards every table by rows, replicates the rest, and builds the optimizers.
+
+        Tables whose optimizer is not fused are replicated, not sharded: every rank holds them whole, and their
+        gradients are averaged like all others.
+        """
+        if not isinstance(embedding, FusedConfig):
+            return self._replicated(model, embedding, dense)
         optimizer = embedding_optimizer(embedding)
         sharder = EmbeddingBagCollectionSharder()
         plan: dict[str, Any] = {}
@@ -82,7 +97,20 @@ class ShardedProcesses:
         combined = CombinedOptimizer(
             [("tables", parallel.fused_optimizer), ("dense", dense_optimizer(dense, parameters))]
         )
-        return Prepared(parallel, combined, list(parameters.values()))
+        return Prepared(parallel, combined, parameters, {}, _held_rows(parallel, weights))
+
+    def _replicated(
+        self, model: RankingModel, embedding: AdamConfig | LazyAdamConfig, dense: DenseOptimizerConfig
+    ) -> Prepared:
+        model.to(self.device)
+        of_tables = optimize_tables(
+            table_parameters(model), model, embedding
+        )  # before the wrapper looks for sparse ones
+        synchronise_moments(model)
+        parallel = DistributedModelParallel(model, device=self.device, plan=ShardingPlan({}), sharders=[])
+        tables, parameters = table_parameters(model), dense_parameters(model)
+        optimizer = CombinedOptimizer([("tables", of_tables), ("dense", dense_optimizer(dense, parameters))])
+        return Prepared(parallel, optimizer, parameters, tables, rows_of_tables(model))
 
     def all_sum(self, values: Tensor) -> Tensor:
         """Element-wise sum over ranks."""
@@ -116,6 +144,22 @@ def _fill_shards(parallel: nn.Module, weights: dict[str, Tensor]) -> None:
             row, column = shard.metadata.shard_offsets
             height, width = shard.metadata.shard_sizes
             shard.tensor.detach().copy_(weight[row : row + height, column : column + width])
+
+
+def _held_rows(parallel: nn.Module, weights: Iterable[str]) -> dict[str, TableRows]:
+    """This rank's rows of each table; none where there are fewer rows than ranks."""
+    state = parallel.state_dict()
+    found = {}
+    for name in weights:
+        shards = state[name].local_shards()
+        assert len(shards) <= 1, "a table is sharded by rows, one shard a rank"
+        table = name.split(".")[-2]
+        found[table] = (
+            TableRows(shards[0].tensor, shards[0].metadata.shard_offsets[0])
+            if shards
+            else TableRows(torch.empty(0, 1), 0)
+        )
+    return found
 
 
 def _even_bags(module: ShardedEmbeddingBagCollection) -> None:
@@ -185,5 +229,5 @@ def moments_over_ranks(x: Tensor, valid: Tensor | None) -> Moments:
 def synchronise_moments(model: nn.Module) -> None:
     """Makes every layer with batch statistics take them over all ranks, as one process would over the global batch."""
     for module in model.modules():
-        if isinstance(module, Dice):
-            module.moments = moments_over_ranks
+        if "moments" in vars(module):
+            module.moments = moments_over_ranks  # type: ignore[assignment]

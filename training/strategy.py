@@ -16,9 +16,14 @@ from recsys.models import RankingModel
 from training.optim import (
     DenseOptimizerConfig,
     EmbeddingOptimizerConfig,
+    FusedConfig,
+    TableRows,
     dense_optimizer,
     dense_parameters,
     fuse_embeddings,
+    optimize_tables,
+    rows_of_tables,
+    table_parameters,
 )
 
 
@@ -28,12 +33,16 @@ class Prepared(NamedTuple):
     Attributes:
         model: takes a batch, returns logits ``(N, T)``; on the strategy's device.
         optimizer: everything that has state; its ``step`` updates what the backward pass has not.
-        dense: the parameters that ``step`` updates.
+        dense: parameters outside the tables, by name; ``step`` updates them.
+        tables: the tables that have gradients, by name; ``step`` updates them too. None where the optimizer is fused.
+        rows: what this process holds of each table, by table.
     """
 
     model: nn.Module
     optimizer: KeyedOptimizer
-    dense: list[nn.Parameter]
+    dense: dict[str, nn.Parameter]
+    tables: dict[str, nn.Parameter]
+    rows: dict[str, TableRows]
 
 
 class Strategy(Protocol):
@@ -103,12 +112,17 @@ class SingleProcess:
         embedding: EmbeddingOptimizerConfig,
         dense: DenseOptimizerConfig,
     ) -> Prepared:
-        """Fuses the embedding optimizer into the tables' backward pass."""
+        """Fuses the embedding optimizer into the tables' backward pass, if it is one that can be."""
         model.to(self.device)
-        fused = fuse_embeddings(model, embedding, device=self.device)
+        tables: dict[str, nn.Parameter] = {}
+        if isinstance(embedding, FusedConfig):
+            of_tables = fuse_embeddings(model, embedding, device=self.device)
+        else:
+            tables = table_parameters(model)
+            of_tables = optimize_tables(tables, model, embedding)
         parameters = dense_parameters(model)
-        optimizer = CombinedOptimizer([("tables", fused), ("dense", dense_optimizer(dense, parameters))])
-        return Prepared(model, optimizer, list(parameters.values()))
+        optimizer = CombinedOptimizer([("tables", of_tables), ("dense", dense_optimizer(dense, parameters))])
+        return Prepared(model, optimizer, parameters, tables, rows_of_tables(model))
 
     def all_sum(self, values: Tensor) -> Tensor:
         """The values themselves."""

@@ -32,7 +32,7 @@ from pydantic import Field
 
 from recsys.config import Config
 from recsys.errors import MissingDependencyError, UnavailableError
-from recsys.training_set import write_json
+from recsys.files import write_json
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

@@ -26,12 +26,16 @@ from typing import Any, NoReturn, Self
 
 import torch
 from torch import Tensor
+from torchrec.optim.keyed import KeyedOptimizer
 
 from recsys.errors import CheckpointError, ConfigError, DataError, IntegrityError, TrainingError
+from recsys.files import append_line, write_json
 from recsys.metrics import Metrics
 from recsys.models import build_model
 from recsys.schema import Schema
-from recsys.training_set import TrainingSet, write_json
+from recsys.training_set import TrainingSet
+from training import schedule
+from training.balancing import build_balance
 from training.checkpoint import CheckpointStore, checkpoint_name
 from training.console import TrainingDisplay, quiet_libraries
 from training.data import BatchLoader, LoadedBatch
@@ -39,8 +43,11 @@ from training.evaluate import Predictions, evaluate, plain, predict
 from training.experiment import ExperimentConfig, check_tasks
 from training.memory import keep_freed_memory
 from training.objective import Objective
+from training.optim import clip_gradients, dense_optimizer, rows_of_tables
+from training.regularisation import MiniBatchAwareDecay, add_l2, count_impressions, without_biases
 from training.run import RunFolder, flatten
 from training.run_report import write_run_report
+from training.schedule import LearningRates
 from training.strategy import SingleProcess, Strategy
 from training.tracking import Tracker
 
@@ -66,6 +73,7 @@ class Progress:
         is_done: training has ended; what is left is the test split.
         train_s: seconds in training steps, over all attempts.
         metrics_bytes: length of the metrics file.
+        plateau, stalled_epochs: state of a learning-rate schedule that waits for a better epoch.
     """
 
     epoch: int = 0
@@ -83,6 +91,8 @@ class Progress:
     train_s: float = 0.0
     total_rows: int = 0
     metrics_bytes: int = 0
+    plateau: float = 1.0
+    stalled_epochs: int = 0
 
 
 @dataclass(frozen=True)
@@ -140,6 +150,7 @@ def train(
     resume: bool = True,
     workers: int = 1,
     progress: bool = True,
+    verify: bool = True,
 ) -> TrainResult:
     """Trains a model, or goes on with a run that was interrupted.
 
@@ -150,12 +161,14 @@ def train(
         resume: False starts an interrupted or finished run again from nothing.
         workers: processes; more than one needs Ray.
         progress: show progress on stderr.
+        verify: compare the training set's files with their checksums, if they were not since they were last touched
+            (:meth:`~recsys.training_set.TrainingSet.verify_once`).
 
     Returns:
         The result; at once if the folder holds this very run, finished.
 
     Raises:
-        ConfigError: the folder holds another run, or another process trains into it.
+        ConfigError: the folder holds another run, another process trains into it, or a setting is for one worker only.
         IntegrityError: the training set is absent, damaged, or of another schema.
         CheckpointError: the checkpoint to resume from is damaged, or a new one cannot be written.
         DataError: a split is empty, or the validation split has one class only.
@@ -163,9 +176,17 @@ def train(
     """
     if workers < 1:
         raise ConfigError(f"workers must be at least 1, got {workers}")
+    if workers > 1 and experiment.training.task_balancing.kind == "gradnorm":
+        # Gradients taken one task at a time leave DistributedDataParallel's own reduction wrong.
+        raise ConfigError(
+            f"training.task_balancing.kind must be 'none' or 'uncertainty' with {workers} workers, got 'gradnorm'",
+            hint="train with one worker",
+        )
     check_tasks(experiment, schema, source="experiment")
     folder = RunFolder(Path(run_dir))
     training_set = open_training_set(experiment, schema)
+    if verify:
+        training_set.verify_once()
     with TrainingDisplay(enabled=progress) as display, folder.locked():
         summary = folder.begin(experiment, schema, training_set, resume=resume)
         if summary is not None:
@@ -261,13 +282,35 @@ class Trainer:
             folder.checkpoints, rank=strategy.rank, world=strategy.world, barrier=strategy.barrier
         )
         model = build_model(experiment.model, schema, training_set.encoder.table_sizes)
-        self._model, self._optimizer, self._dense = strategy.prepare(
+        uses, table_rows = model.lookup.uses, {name: len(weight) for name, (weight, _) in rows_of_tables(model).items()}
+        self._model, self._optimizer, self._dense, self._tables, rows = strategy.prepare(
             model, self._config.embedding_optimizer, self._config.dense_optimizer
         )
-        self._objective = Objective(schema, self._config.task_weights).to(strategy.device)
+        balance = build_balance(self._config.task_balancing, len(schema.tasks), self._dense)
+        self._objective = Objective(schema, self._config.task_weights, balance).to(strategy.device)
+        self._balancing = self._balance_optimizer()
+        groups = [*self._optimizer.param_groups, *(self._balancing.param_groups if self._balancing else ())]
+        self._rates = LearningRates(groups)
+        self._decay: MiniBatchAwareDecay | None = None
+        if self._config.mini_batch_aware_l2:
+            display.say("counting the impressions of every id")
+            self._decay = MiniBatchAwareDecay(
+                uses,
+                rows,
+                count_impressions(training_set, uses, table_rows),
+                self._config.mini_batch_aware_l2,
+                strategy.all_gather,
+            )
         self._progress = Progress()
         self._unseen: list[tuple[Tensor, int]] = []  # losses still on the device, rows of their global batches
         self._saved_at = self._clock = time.monotonic()
+
+    def _balance_optimizer(self) -> KeyedOptimizer | None:
+        """Of what a balance of tasks learns by gradients, if anything. The model's wrapper does not know of it."""
+        parameters = dict(self._objective.named_parameters())
+        if not parameters:
+            return None
+        return dense_optimizer(self._config.dense_optimizer.model_copy(update={"weight_decay": 0.0}), parameters)
 
     def run(self) -> None:
         """Trains to the end and writes the result."""
@@ -298,6 +341,8 @@ class Trainer:
             rank=self._strategy.rank,
             world=self._strategy.world,
             prefetch=config.prefetch_batches,
+            fraction=config.data_fraction,
+            history_length=config.history_length,
         )
         self._display.start(f"epoch {progress.epoch + 1} of {config.epochs}", loader.num_rows, progress.epoch_rows)
         self._model.train()
@@ -313,17 +358,44 @@ class Trainer:
     def _step(self, loaded: LoadedBatch) -> None:
         batch = loaded.batch.to(self._strategy.device)
         assert batch.labels is not None
+        factor = self._factor()
+        self._rates.set(factor)
         self._optimizer.zero_grad()
         loss = self._objective(self._model(batch), batch.labels, loaded.num_rows)
-        (loss * self._strategy.loss_scale).backward()  # updates the embedding tables
+        if self._decay is not None:
+            self._decay.apply(batch, self._config.embedding_optimizer.lr * factor)
+        (loss * self._strategy.loss_scale).backward()  # updates the tables whose optimizer is fused
+        if self._config.embedding_l2:
+            add_l2(self._tables.values(), self._config.embedding_l2)
+        if self._config.dense_l2:
+            add_l2(without_biases(self._dense), self._config.dense_l2)
         if self._config.gradient_clip_norm is not None:
-            torch.nn.utils.clip_grad_norm_(self._dense, self._config.gradient_clip_norm)
+            clip_gradients((*self._dense.values(), *self._tables.values()), self._config.gradient_clip_norm)
         self._optimizer.step()
+        if self._balancing is not None:
+            for parameter in self._objective.parameters():
+                assert parameter.grad is not None
+                parameter.grad = self._strategy.all_sum(parameter.grad) / self._strategy.loss_scale
+            self._balancing.step()
+            self._balancing.zero_grad()
         self._unseen.append((loss.detach(), loaded.num_rows))
         progress = self._progress
         progress.batch += 1
         progress.step += 1
         self._display.advance(loaded.num_rows)
+
+    def _factor(self) -> float:
+        """What the learning rates of the next step are multiplied by."""
+        config = self._config
+        total_steps = max(config.epochs * self._training_set.split("train").num_rows // config.batch_size, 1)
+        return schedule.factor(
+            config.lr_schedule, self._progress.step, total_steps=total_steps, plateau=self._progress.plateau
+        )
+
+    def _learning_rates(self) -> dict[str, float]:
+        """Of the next step."""
+        config, factor = self._config, self._factor()
+        return {"tables": config.embedding_optimizer.lr * factor, "network": config.dense_optimizer.lr * factor}
 
     def _look(self, stop: _StopSignals) -> None:
         """Checks the losses; saves a checkpoint if it is time or if the process is told to stop."""
@@ -386,9 +458,11 @@ class Trainer:
     def _log_window(self) -> None:
         progress = self._progress
         loss = progress.window_loss / progress.window_rows
-        self._write_metrics({"kind": "step", "step": progress.step, "epoch": progress.epoch + 1, "train_loss": loss})
+        rates = self._learning_rates()
+        line = {"kind": "step", "step": progress.step, "epoch": progress.epoch + 1, "train_loss": loss, "lr": rates}
+        self._write_metrics(line)
         if self._tracker is not None:
-            self._tracker.log_metrics({"train.loss": loss}, progress.step)
+            self._tracker.log_metrics({"train.loss": loss} | flatten({"train.lr": rates}), progress.step)
         progress.window_rows, progress.window_loss = 0, 0.0
 
     # Epochs
@@ -412,17 +486,27 @@ class Trainer:
             progress.best_value, progress.worse_epochs = value, 0
         else:
             progress.worse_epochs += 1
+        progress.plateau, progress.stalled_epochs = schedule.after_epoch(
+            self._config.lr_schedule,
+            is_best=is_best,
+            plateau=progress.plateau,
+            stalled_epochs=progress.stalled_epochs,
+        )
         is_patient = selection.patience is None or progress.worse_epochs < selection.patience
         progress.is_done = progress.epoch >= self._config.epochs or not is_patient
         progress.batch, progress.epoch_rows, progress.epoch_loss = 0, 0, 0.0
-        line = {
+        line: dict[str, Any] = {
             "kind": "epoch",
             "step": progress.step,
             "epoch": progress.epoch,
             "train_loss": train_loss,
             "validation": plain(metrics),
             "is_best": is_best,
+            "lr": self._learning_rates(),
         }
+        if self._objective.balance is not None:
+            names = [task.name for task in self._schema.tasks]
+            line["task_balance"] = dict(zip(names, self._objective.balance.current.tolist(), strict=True))
         self._write_metrics(line)
         self._save()
         self._tell(train_loss, metrics, is_best=is_best)
@@ -445,6 +529,7 @@ class Trainer:
             self._training_set,
             split,
             self._config.evaluation_batch_size,
+            history_length=self._config.history_length,
             strategy=self._strategy,
             advance=self._display.advance,
         )
@@ -489,7 +574,12 @@ class Trainer:
         random = {f"cpu-{self._strategy.rank}": torch.get_rng_state()}
         if self._strategy.device.type == "cuda":
             random[f"cuda-{self._strategy.rank}"] = torch.cuda.get_rng_state(self._strategy.device)
-        return {"model": self._model.state_dict(), "optimizer": self._optimizer.state_dict(), "random": random}
+        state = {"model": self._model.state_dict(), "optimizer": self._optimizer.state_dict(), "random": random}
+        if self._objective.balance is not None:
+            state["objective"] = self._objective.state_dict()
+        if self._balancing is not None:
+            state["balancing"] = self._balancing.state_dict()
+        return state
 
     def _save(self) -> None:
         self._progress.metrics_bytes = self._folder.metrics.stat().st_size if self._folder.metrics.exists() else 0
@@ -509,6 +599,10 @@ class Trainer:
         self._store.load(latest, state)
         self._model.load_state_dict(state["model"])
         self._optimizer.load_state_dict(state["optimizer"])
+        if self._objective.balance is not None:
+            self._objective.load_state_dict(state["objective"])
+        if self._balancing is not None:
+            self._balancing.load_state_dict(state["balancing"])
         if same_world:
             torch.set_rng_state(state["random"][f"cpu-{self._strategy.rank}"])
             if self._strategy.device.type == "cuda":
@@ -524,10 +618,7 @@ class Trainer:
 
     def _write_metrics(self, line: Mapping[str, Any]) -> None:
         if self._strategy.rank == 0:
-            with self._folder.metrics.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line, allow_nan=False) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
+            append_line(self._folder.metrics, json.dumps(line, allow_nan=False))
 
     def _cut_metrics(self) -> None:
         """Removes the lines written after the checkpoint: the steps that they tell of will be taken again."""

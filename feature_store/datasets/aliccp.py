@@ -36,7 +36,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
-from feature_store.datasets.folder import views_folder, write_json
+from feature_store.datasets.folder import views_folder
 from feature_store.datasets.stream import (
     ViewWriter,
     find_file,
@@ -48,6 +48,7 @@ from feature_store.datasets.stream import (
 from feature_store.datasets.summary import DatasetSummary, Progress
 from recsys.encoding.hashing import hash_keys
 from recsys.errors import SourceError
+from recsys.files import write_json
 
 NAME = "ali_ccp"
 MARKER = "dataset.json"

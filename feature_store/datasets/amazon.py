@@ -39,12 +39,13 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 
-from feature_store.datasets.folder import views_folder, write_json
+from feature_store.datasets.folder import views_folder
 from feature_store.datasets.negatives import NegativeSampler, NegativeSampling
 from feature_store.datasets.raw import require_folder
 from feature_store.datasets.stream import ViewWriter, open_text
 from feature_store.datasets.summary import DatasetSummary, Progress
 from recsys.errors import SourceError
+from recsys.files import write_json
 
 NAME = "amazon_reviews"
 MARKER = "dataset.json"

@@ -26,9 +26,10 @@ from pathlib import Path
 
 import polars as pl
 
-from feature_store.datasets.folder import views_folder, write_json
+from feature_store.datasets.folder import views_folder
 from feature_store.datasets.stream import find_file, text_batches, view_writers, whole_numbers, zero_or_one
 from feature_store.datasets.summary import DatasetSummary, Progress
+from recsys.files import write_json
 
 NAME = "criteo"
 MARKER = "dataset.json"

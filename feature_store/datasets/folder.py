@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import fcntl
 import glob
-import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from recsys.errors import SourceError
+from recsys.files import check_can_write, put_in_place, sync_tree
 
 _SUFFIX_LENGTH = 12
 
@@ -32,8 +31,10 @@ def views_folder(output_dir: Path, *, marker: str) -> Iterator[Path]:
         marker: name of the file that the block must write and that proves the folder to be ours.
 
     Raises:
+        ConfigError: nothing can be written there.
         SourceError: ``output_dir`` is a file, or a folder that this package did not write.
     """
+    check_can_write(output_dir, name="output folder")
     output_dir = Path(output_dir).resolve()
     _check_replaceable(output_dir, marker)
     output_dir.parent.mkdir(parents=True, exist_ok=True)
@@ -41,19 +42,12 @@ def views_folder(output_dir: Path, *, marker: str) -> Iterator[Path]:
     try:
         yield temporary
         assert (temporary / marker).is_file(), f"the block must write {marker}"
-        for path in sorted(temporary.rglob("*")):
-            _fsync(path)
-        _fsync(temporary)
+        sync_tree(temporary)
         _check_replaceable(output_dir, marker)
-        _replace(temporary, output_dir)
+        put_in_place(temporary, output_dir, retired=_beside(output_dir))
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         os.close(lock)
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Writes readable JSON with a final newline; equal content gives equal bytes."""
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _make_temporary(output_dir: Path) -> tuple[Path, int]:
@@ -99,26 +93,3 @@ def _check_replaceable(output_dir: Path, marker: str) -> None:
             )
     elif output_dir.exists():
         raise SourceError(f"output folder {output_dir} must be a folder, got a file")
-
-
-def _replace(temporary: Path, output_dir: Path) -> None:
-    if not output_dir.exists():
-        temporary.rename(output_dir)
-    else:
-        old = _beside(output_dir)
-        output_dir.rename(old)
-        try:
-            temporary.rename(output_dir)
-        except OSError:
-            old.rename(output_dir)
-            raise
-        shutil.rmtree(old, ignore_errors=True)
-    _fsync(output_dir.parent)
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -28,11 +28,12 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
-from feature_store.datasets.folder import views_folder, write_json
+from feature_store.datasets.folder import views_folder
 from feature_store.datasets.raw import read_table, require_folder
 from feature_store.datasets.stream import whole_numbers
 from feature_store.datasets.summary import DatasetSummary, Progress
 from recsys.errors import SourceError, nearest
+from recsys.files import write_json
 
 NAME = "frappe"
 MARKER = "dataset.json"

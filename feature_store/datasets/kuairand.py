@@ -45,10 +45,11 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 
-from feature_store.datasets.folder import views_folder, write_json
+from feature_store.datasets.folder import views_folder
 from feature_store.datasets.raw import ColumnKind, read_table, require_folder
 from feature_store.datasets.summary import DatasetSummary, Progress
 from recsys.errors import SourceError
+from recsys.files import write_json
 
 NAME = "kuairand_pure"
 MARKER = "dataset.json"

@@ -34,12 +34,13 @@ from pathlib import Path
 
 import polars as pl
 
-from feature_store.datasets.folder import views_folder, write_json
+from feature_store.datasets.folder import views_folder
 from feature_store.datasets.kuairand import LABELS, LOG_COLUMNS, VIDEO_COLUMNS, read_users
 from feature_store.datasets.raw import require_folder
 from feature_store.datasets.stream import ViewWriter, find_file, text_batches, view_writers, whole_numbers, zero_or_one
 from feature_store.datasets.summary import DatasetSummary, Progress
 from recsys.errors import SourceError
+from recsys.files import write_json
 
 MARKER = "dataset.json"
 SPLIT = {
@@ -119,7 +120,7 @@ def _load(
         with view_writers(folder, ["impressions", "events"]) as writers:
             for number, bucket in enumerate(buckets):
                 if bucket.num_rows:
-                    log = pl.read_parquet(folder / "buckets" / f"{number:03d}.parquet")
+                    log = pl.read_parquet(folder / "buckets" / f"{number:03d}.parquet", glob=False)
                     kept = log.unique().sort("time_ms", "user_id", "video_id", *_SMALL, "play_time_ms")
                     repeats += log.height - kept.height
                     impressions = _impressions(kept)

@@ -26,10 +26,11 @@ from pathlib import Path
 
 import polars as pl
 
-from feature_store.datasets.folder import views_folder, write_json
+from feature_store.datasets.folder import views_folder
 from feature_store.datasets.raw import require_file, require_folder
 from feature_store.datasets.summary import DatasetSummary, Progress
 from recsys.errors import SourceError
+from recsys.files import write_json
 
 NAME = "movielens_1m"
 MARKER = "dataset.json"

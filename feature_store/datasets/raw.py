@@ -24,7 +24,7 @@ def read_table(path: Path, columns: Mapping[str, ColumnKind]) -> pl.DataFrame:
     require_file(path)
     try:
         if path.suffix == ".parquet":
-            table = pl.read_parquet(path, columns=_present(pl.read_parquet_schema(path), columns, path))
+            table = pl.read_parquet(path, columns=_present(pl.read_parquet_schema(path), columns, path), glob=False)
         else:
             text = {name: pl.String for name, kind in columns.items() if kind == "text"}
             header = pl.read_csv(path, n_rows=0).schema

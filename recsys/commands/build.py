@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from recsys.commands.options import Json, Overrides
+from recsys.commands.options import ExperimentArgument, Json, Overrides
 
 
 def build(
-    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="Experiment file.")],
+    config: ExperimentArgument,
     overrides: Overrides = [],  # noqa: B006 - Typer copies it
     force: Annotated[bool, typer.Option("--force", help="Build even if an equal training set is there.")] = False,
     workers: Annotated[
@@ -21,6 +20,9 @@ def build(
     as_json: Json = False,
 ) -> None:
     """Build the training set of an experiment: encode, join in time, split, check.
+
+    Prints what was found: rows, time spans, users and items without attributes, events that no history reads, broken
+    rows by reason; and notes, each of them something to look at before training.
 
     \b
     Example:
@@ -44,13 +46,21 @@ def build(
         return
     state = "up to date" if summary.skipped else f"built in {summary.seconds:.1f} s"
     facts: dict[str, Any] = {f"{split} impressions": rows for split, rows in summary.rows.items()}
-    facts |= {"outside all splits": summary.outside_split, "users": summary.users, "items": summary.items}
-    facts |= {f"{history} events": events for history, events in summary.events.items()}
+    facts |= {"outside all splits": summary.outside_split}
+    for scope, rows, without in (
+        ("users", summary.users, summary.users_without_attributes),
+        ("items", summary.items, summary.items_without_attributes),
+    ):
+        facts |= {scope: rows, f"{scope} without attributes": without}
+    facts |= {f"history {history}, events": events for history, events in summary.events.items()}
+    facts |= {"events in no history": summary.unused_events} if summary.events else {}
+    facts |= {f"time of {log}": f"{first} to {last}" for log, (first, last) in summary.time_spans.items()}
     facts |= {
         f"quarantined: {view}, {reason}": rows
         for view, reasons in summary.quarantined.items()
         for reason, rows in reasons.items()
     }
-    facts |= {f"note {number}": note for number, note in enumerate(summary.notes, start=1)}
     facts |= {f"table {table} rows": rows for table, rows in summary.table_sizes.items()}
-    print_facts(f"{experiment.data.training_set} ({state})", facts | {"size": f"{summary.bytes / 2**20:,.1f} MiB"})
+    facts |= {"size": f"{summary.bytes / 2**20:,.1f} MiB"}
+    facts |= {f"note {number}": note for number, note in enumerate(summary.notes, start=1)}
+    print_facts(f"{experiment.data.training_set} ({state})", facts)

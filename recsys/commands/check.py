@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from recsys.commands.options import Json, Overrides
+from recsys.commands.options import ExperimentArgument, Json, Overrides
 
 FAILED = 3
 """Exit status of a check that found something."""
@@ -18,7 +18,7 @@ Period = Annotated[
 
 
 def check(
-    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="Experiment file.")],
+    config: ExperimentArgument,
     overrides: Overrides = [],  # noqa: B006 - Typer copies it
     reference: Period = None,
     current: Period = None,
@@ -35,26 +35,28 @@ def check(
         recsys data check configs/experiment/din_kuairand.yaml --html quality.html
         recsys data check mine.yaml --reference 2022-04-08T00:00Z..2022-04-22T00:00Z --current 2022-04-22T00:00Z..2022-05-09T00:00Z
     """  # noqa: D301, E501
-    import json
-
     from feature_store.quality import Periods, check_quality
     from feature_store.quality_page import quality_page
     from recsys.commands.terminal import print_facts, print_json, print_table, stage
     from recsys.errors import ConfigError
+    from recsys.files import check_can_write, write_json, write_text
     from training.experiment import load_experiment
 
     experiment, schema = load_experiment(config, overrides)
     if (reference is None) != (current is None):
         raise ConfigError("--reference and --current must be given together")
+    for option, target in (("--page", page), ("--file", file)):
+        if target is not None:
+            check_can_write(target, name=option)
     periods = None
     if reference is not None and current is not None:
         periods = Periods(_period("--reference", reference), _period("--current", current))
     with stage("check the data"):
         report = check_quality(schema, experiment.data, periods=periods)
     if page is not None:
-        _write(page, quality_page(report))
+        write_text(page, quality_page(report))
     if file is not None:
-        _write(file, json.dumps(report.to_dict(), indent=2, ensure_ascii=False) + "\n")
+        write_json(file, report.to_dict())
     if as_json:
         print_json(report.to_dict())
     else:
@@ -86,13 +88,3 @@ def _period(option: str, text: str) -> tuple[int, int]:
     if start >= end:
         raise ConfigError(f"{option} must begin before it ends, got {text!r}")
     return start, end
-
-
-def _write(path: Path, text: str) -> None:
-    """Writes a file whole or not at all."""
-    import os
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".tmp-{path.name}-{os.getpid()}")
-    draft.write_text(text, encoding="utf-8")
-    os.replace(draft, path)

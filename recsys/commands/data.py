@@ -17,6 +17,13 @@ LEAKS_FOUND = 3
 class DataCommands(TyperGroup):
     """What is no command of the group is the name of a data set: ``recsys data frappe`` converts it."""
 
+    def get_help_option(self, ctx: Any) -> Any:
+        """The ``--help`` flag, False unless given: Typer leaves None, which it imports pydantic to turn into a bool."""
+        option = super().get_help_option(ctx)
+        if option is not None:
+            option.default = False
+        return option
+
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         """The command of some arguments."""
         if args and not args[0].startswith("-") and args[0] not in self.commands:
@@ -72,6 +79,7 @@ def convert(
     from feature_store.datasets import DATASETS
     from recsys.commands.terminal import counting, print_facts, print_json, stage
     from recsys.errors import ConfigError, nearest
+    from recsys.files import check_can_write
 
     if name == "list":
         _list(DATASETS, as_json=as_json)
@@ -86,6 +94,7 @@ def convert(
         )
     sampling = _sampling(dataset, negatives, per_positive, seed)
     output = output or Path("data") / name
+    check_can_write(output, name="--output")
     with stage(f"convert {name}") as tell:
         progress = counting(tell, "steps")
         if dataset.load_sampled is None or sampling is None:

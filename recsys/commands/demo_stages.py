@@ -20,6 +20,9 @@ from feature_store.sources import find_files
 from recsys.commands.configs import shipped_config
 from recsys.commands.demo_service import Service
 from recsys.commands.terminal import counting, stage
+from recsys.config import override
+from recsys.errors import ConfigError
+from recsys.files import check_can_write
 from recsys.metrics import Metrics, evaluate_scores
 from recsys.schema import Schema
 from recsys.training_set import TrainingSet
@@ -106,14 +109,20 @@ def run_demo(root: Path, *, impressions: int, epochs: int) -> DemoResult:
         root: folder of everything that is written.
         impressions: to simulate.
         epochs: at most.
+
+    Raises:
+        ConfigError: ``root`` cannot be written to.
     """
+    if root.exists() and not root.is_dir():
+        raise ConfigError(f"--output must be a folder, got the file {root}")
+    check_can_write(root / "views", name="--output")
     clock = _Clock()
     quiet_libraries()
     root.mkdir(parents=True, exist_ok=True)
     overrides = [
-        f"data.views={root / 'views'}",
-        f"data.training_set={root / 'training_set'}",
-        f"training.epochs={epochs}",
+        override("data.views", str(root / "views")),
+        override("data.training_set", str(root / "training_set")),
+        override("training.epochs", epochs),
     ]
     experiment, schema = load_experiment(shipped_config(EXPERIMENT), overrides)
     task = experiment.selection_task(schema)
@@ -249,7 +258,7 @@ def _score(schema: Schema, predictions: Predictions, task: str, root: Path) -> f
         labels = {t.label for t in schema.tasks}
         _view(schema, root, predictions.source_row[order]).drop(labels).write_parquet(source)
         summary = score_parquet(root / "artifact", source, target)
-        scored = pl.read_parquet(target, columns=[f"score_{task}"]).to_series().to_numpy()
+        scored = pl.read_parquet(target, columns=[f"score_{task}"], glob=False).to_series().to_numpy()
         logits, _ = predictions.task(task)
         difference = float(np.abs(scored - sigmoid(logits[order])).max())
         tell(f"{summary.rows:,} rows, {difference:.0e} from the evaluation's at most")
@@ -260,7 +269,7 @@ def _view(schema: Schema, root: Path, rows: np.ndarray) -> pl.DataFrame:
     """Rows of the impressions view, by their ascending numbers."""
     files = find_files("impressions", root / "views", schema.views.impressions.path)
     first, last = int(rows[0]), int(rows[-1])
-    part = pl.scan_parquet(list(files)).slice(first, last - first + 1).collect()
+    part = pl.scan_parquet(list(files), glob=False).slice(first, last - first + 1).collect()
     return part[rows - first]
 
 

@@ -13,19 +13,27 @@ from recsys.commands.options import Json
 def evaluate(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a trained run.")],
     split: Annotated[Literal["train", "validation", "test"], typer.Option(help="Which part to score.")] = "test",
+    base: Annotated[
+        str | None,
+        typer.Option(
+            metavar="RUN|popularity",
+            help="Compare with another run on the same training set, or with the items' click rates: adds RelaImpr.",
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Evaluate the best checkpoint of a run: AUC, GAUC, logloss, NE, ECE.
+    """Evaluate the best checkpoint of a run: AUC, GAUC, logloss, NE, ECE; with a base, RelaImpr of AUC and GAUC.
 
     \b
     Example:
         recsys evaluate runs/din_kuairand
         recsys evaluate runs/din_kuairand --split validation --json
+        recsys evaluate runs/din_kuairand --base popularity
     """  # noqa: D301
-    from recsys.commands.terminal import counting, print_json, print_metrics, stage
+    from recsys.commands.terminal import counting, print_json, print_metrics, print_table, stage
     from training.console import quiet_libraries
+    from training.evaluate import base_metrics, plain, predict, relative_improvements
     from training.evaluate import evaluate as metrics_of
-    from training.evaluate import plain, predict
     from training.run import TrainedRun
 
     quiet_libraries()
@@ -39,10 +47,30 @@ def evaluate(
             done += rows
             count(done, total)
 
-        batch_size = trained.experiment.training.evaluation_batch_size
-        predictions = predict(trained.model, training_set, split, batch_size, advance=advance)
+        config = trained.experiment.training
+        predictions = predict(
+            trained.model,
+            training_set,
+            split,
+            config.evaluation_batch_size,
+            history_length=config.history_length,
+            advance=advance,
+        )
     tasks = plain(metrics_of(predictions))
+    of_base = None
+    if base is not None:
+        with stage(f"score {base}"):
+            of_base = plain(base_metrics(base, training_set, predictions, split, config.evaluation_batch_size))
+    relative = None if of_base is None else relative_improvements(tasks, of_base)
     if as_json:
-        print_json({"run": str(run), "split": split, "tasks": tasks})
+        compared = {} if of_base is None else {"base": base, "base_tasks": of_base, "rela_impr": relative}
+        print_json({"run": str(run), "split": split, "tasks": tasks} | compared)
         return
-    print_metrics(f"{trained.experiment.name}, {split} split", tasks)
+    name = trained.experiment.name
+    if of_base is None or relative is None:
+        print_metrics(f"{name}, {split} split", tasks)
+        return
+    pairs = {f"{who} {task}": metrics[task] for task in tasks for who, metrics in ((name, tasks), (base, of_base))}
+    print_metrics(f"{name} and {base}, {split} split", pairs)
+    rows = [[task, found["auc"], found["gauc"], tasks[task]["gauc_users"]] for task, found in relative.items()]
+    print_table(f"RelaImpr over {base}, percent", ("", "AUC", "GAUC", "users of GAUC"), rows)

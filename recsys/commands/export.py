@@ -39,12 +39,19 @@ def export(
         recsys export runs/din_kuairand --output artifacts/din --register ranker --alias champion
     """  # noqa: D301
     from recsys.commands.terminal import print_facts, print_json, stage
+    from recsys.errors import ConfigError
     from training.console import quiet_libraries
     from training.export import export_artifact
     from training.run import TrainedRun
 
     quiet_libraries()
     trained = TrainedRun.load(run)
+    if trained.experiment.training.history_length is not None:
+        raise ConfigError(
+            f"{run} must be trained without training.history_length to be exported, got "
+            f"{trained.experiment.training.history_length}: a service reads each history's max_length",
+            hint="set max_length in the schema, build and train",
+        )
     with stage(f"export {run}") as tell:
         summary = export_artifact(
             trained.model,

@@ -43,21 +43,25 @@ def inspect(
     from feature_store.propose import Roles, propose
     from recsys.commands.terminal import print_facts, print_json, print_table, stage
     from recsys.errors import ConfigError
+    from recsys.files import check_can_write, write_text
 
     if experiment is not None and schema is None:
         raise ConfigError("--experiment must come with --schema, which it refers to")
-    for target in (schema, experiment):
-        if target is not None and target.exists():
+    for option, target in (("--schema", schema), ("--experiment", experiment)):
+        if target is None:
+            continue
+        if target.exists():
             raise ConfigError(f"{target} must not exist yet: nothing is overwritten", hint="choose another name")
+        check_can_write(target, name=option)
     with stage(f"inspect {path}"):
         proposal = propose(path, roles=Roles(user, item, time, label, request), declared=_format(declared))
     written: dict[str, Any] = {}
     if schema is not None:
-        _write(schema, proposal.schema_yaml())
+        write_text(schema, proposal.schema_yaml())
         written["schema"] = str(schema)
     if experiment is not None and schema is not None:
         relative = os.path.relpath(schema.resolve(), experiment.resolve().parent)
-        _write(experiment, proposal.experiment_yaml(relative, f"data/{proposal.name}_set"))
+        write_text(experiment, proposal.experiment_yaml(relative, f"data/{proposal.name}_set"))
         written["experiment"] = str(experiment)
     if as_json:
         profiles = {view: profile.to_dict() for view, profile in proposal.profiles.items()}
@@ -90,13 +94,3 @@ def _row(column: Any, num_rows: int) -> tuple[Any, ...]:
     first, last = column.span or (column.lowest, column.highest)
     holds = column.kind if column.separator is None else f"texts between {column.separator}"
     return column.name, holds, column.distinct, f"{column.num_null / max(num_rows, 1):.1%}", first, last
-
-
-def _write(path: Path, text: str) -> None:
-    """Writes a file whole or not at all."""
-    import os
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".tmp-{path.name}-{os.getpid()}")
-    draft.write_text(text, encoding="utf-8")
-    os.replace(draft, path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -9,6 +10,13 @@ import typer
 Overrides = Annotated[
     list[str],
     typer.Option("--set", metavar="A.B=C", help="Override one value of the configuration; repeat for more."),
+]
+ExperimentArgument = Annotated[
+    Path,
+    typer.Argument(
+        metavar="CONFIG",
+        help="Experiment file. Its schema_file is relative to the file, its data folders to the working folder.",
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout; everything else goes to stderr.")]
 ArtifactArgument = Annotated[

@@ -40,8 +40,8 @@ def serve(
         curl -s localhost:8080/rank -H 'content-type: application/json' -d '{"user_id": 17, "candidates": [3, 5, 8]}'
     """  # noqa: D301
     from recsys.config import load_yaml, validate
-    from serving.service import ServiceConfig
-    from serving.service import serve as run_service
+    from serving.loader import check_location
+    from serving.settings import ServiceConfig, listening
 
     settings: dict[str, Any] = {} if config is None else load_yaml(config)
     given = {
@@ -55,4 +55,10 @@ def serve(
         "access_log": access_log or None,
     }
     settings |= {name: value for name, value in given.items() if value is not None}
-    run_service(validate(ServiceConfig, settings, source="serve" if config is None else str(config)))
+    checked = validate(ServiceConfig, settings, source="serve" if config is None else str(config))
+    check_location(checked.artifact, tracking_uri=checked.tracking_uri)
+    with listening(checked.host, checked.port) as listener:
+        # Takes seconds, for it loads torch: not before what can be told at once has been.
+        from serving.service import serve as run_service
+
+        run_service(checked, listener=listener)

@@ -9,11 +9,14 @@ import typer
 
 from recsys.commands.options import Json, Overrides
 
+MIN_IMPRESSIONS, MAX_IMPRESSIONS = 1_000, 1_000_000_000
+"""The bounds of the simulator's own configuration."""
+
 
 def simulate(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of views to write.")] = Path("data/simulated"),
     impressions: Annotated[
-        int, typer.Option(min=1000, help="Impressions, 10 thousand to 100 million and more.")
+        int, typer.Option(min=MIN_IMPRESSIONS, max=MAX_IMPRESSIONS, help="Impressions, a thousand to a billion.")
     ] = 200_000,
     seed: Annotated[int, typer.Option(min=0, help="Equal seeds and sizes give equal files.")] = 0,
     overrides: Overrides = [],  # noqa: B006 - Typer copies it
@@ -32,7 +35,9 @@ def simulate(
     from feature_store.datasets.simulator import simulate as write_simulation
     from recsys.commands.terminal import counting, print_facts, print_json, stage
     from recsys.config import apply_overrides, validate
+    from recsys.files import check_can_write
 
+    check_can_write(output, name="--output")
     values = apply_overrides({"num_impressions": impressions, "seed": seed}, overrides)
     config = validate(SimulatorConfig, values, source="simulate")
     with stage(f"simulate {config.num_impressions:,} impressions") as tell:

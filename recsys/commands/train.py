@@ -7,15 +7,22 @@ from typing import Annotated
 
 import typer
 
-from recsys.commands.options import Json, Overrides
+from recsys.commands.options import ExperimentArgument, Json, Overrides
 
 
 def train(
-    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="Experiment file.")],
+    config: ExperimentArgument,
     run: Annotated[Path | None, typer.Option("--run", help="Folder of the run; runs/NAME if not given.")] = None,
     workers: Annotated[int, typer.Option(min=1, help="Processes; above 1 they run under Ray.")] = 1,
     resume: Annotated[
         bool, typer.Option("--resume/--no-resume", help="Go on from the run's last checkpoint, or start again.")
+    ] = True,
+    verify: Annotated[
+        bool,
+        typer.Option(
+            "--verify/--no-verify",
+            help="Compare the training set with its checksums, once after it was last touched, or never.",
+        ),
     ] = True,
     overrides: Overrides = [],  # noqa: B006 - Typer copies it
     as_json: Json = False,
@@ -36,7 +43,7 @@ def train(
 
     experiment, schema = load_experiment(config, overrides)
     folder = RunFolder(run or Path("runs") / experiment.name)
-    result = train_run(experiment, schema, folder.path, resume=resume, workers=workers)
+    result = train_run(experiment, schema, folder.path, resume=resume, workers=workers, verify=verify)
     tracked = tracked_run(folder.path)
     places = {
         "run": str(folder.path),

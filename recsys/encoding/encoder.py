@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import secrets
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,6 +19,7 @@ from recsys.encoding.dense import DenseTransform
 from recsys.encoding.key_index import KeyIndex
 from recsys.encoding.tables import CalendarTable, HashTable, LogTable, QuantileTable, TableEncoder, VocabularyTable
 from recsys.errors import EncodingError, IntegrityError
+from recsys.files import draft_of, put_in_place, sync_tree
 from recsys.schema import (
     UNKNOWN_ID,
     Categorical,
@@ -229,7 +228,7 @@ class Encoder:
         """
         folder = Path(folder)
         folder.parent.mkdir(parents=True, exist_ok=True)
-        draft = folder.with_name(f".tmp-{folder.name}-{secrets.token_hex(6)}")
+        draft = draft_of(folder)
         try:
             (draft / _VOCABULARIES).mkdir(parents=True)
             for name, table in self._tables.items():
@@ -247,11 +246,8 @@ class Encoder:
             content["sha256"] = fingerprint(content)
             with (draft / _ENCODER_FILE).open("w", encoding="utf-8") as file:
                 json.dump(content, file, indent=1, ensure_ascii=False, allow_nan=False)
-                file.flush()
-                os.fsync(file.fileno())
-            _sync_folder(draft / _VOCABULARIES)
-            _sync_folder(draft)
-            _replace_folder(draft, folder)
+            sync_tree(draft)
+            put_in_place(draft, folder, retired=draft_of(folder))
         finally:
             shutil.rmtree(draft, ignore_errors=True)
 
@@ -292,11 +288,8 @@ class Encoder:
 
 def _write_keys(path: Path, keys: Array) -> None:
     batch = pa.record_batch({"key": keys})
-    with path.open("wb") as file:
-        with pa.ipc.new_file(file, batch.schema) as writer:
-            writer.write_batch(batch)
-        file.flush()
-        os.fsync(file.fileno())
+    with path.open("wb") as file, pa.ipc.new_file(file, batch.schema) as writer:
+        writer.write_batch(batch)
 
 
 def _load_vocabulary(path: Path, state: Mapping[str, Any]) -> VocabularyTable:
@@ -338,22 +331,3 @@ def _read_content(path: Path) -> dict[str, Any]:
     if content.pop("sha256", None) != fingerprint(content):
         raise IntegrityError(f"{path} must be as it was written, got other content", hint=_CHANGED)
     return content
-
-
-def _replace_folder(draft: Path, folder: Path) -> None:
-    if folder.exists():
-        retired = folder.with_name(f".tmp-{folder.name}-{secrets.token_hex(6)}")
-        folder.rename(retired)
-        draft.rename(folder)
-        shutil.rmtree(retired, ignore_errors=True)
-    else:
-        draft.rename(folder)
-    _sync_folder(folder.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

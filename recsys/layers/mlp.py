@@ -9,6 +9,7 @@ from torch.nn import functional
 
 from recsys.errors import ConfigError
 from recsys.layers.activations import ActivationName, build_activation
+from recsys.layers.dropout import Dropout
 
 
 class _AfterLinear(nn.Module):
@@ -20,7 +21,7 @@ class _AfterLinear(nn.Module):
         super().__init__()
         self.norm = nn.Identity() if norm is None else norm(size)
         self.activation = build_activation(activation, size)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.dropout(self.activation(self.norm(x)))  # type: ignore[no-any-return]

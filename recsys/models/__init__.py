@@ -8,17 +8,52 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from recsys.config import Config
-from recsys.models.base import RankingModel
+from recsys.models.base import RankingModel, TrainingOutput, split_output
+from recsys.models.dcnv2 import DCNv2Config, build_dcnv2
+from recsys.models.deepfm import DeepFMConfig, build_deepfm
 from recsys.models.din import DINConfig, build_din
+from recsys.models.dnn import DNNConfig, build_dnn
+from recsys.models.finalmlp import DualMLPConfig, FinalMLPConfig, build_dualmlp, build_finalmlp
+from recsys.models.fm import FMConfig, build_fm
+from recsys.models.infnet import INFNetConfig, build_infnet
+from recsys.models.lr import LRConfig, build_lr
+from recsys.models.mmoe import MMoEConfig, build_mmoe
+from recsys.models.ple import PLEConfig, build_ple
+from recsys.models.wide_deep import WideDeepConfig, build_wide_deep
 from recsys.schema import Schema
 
 Builder = Callable[[Any, Schema, Mapping[str, int]], RankingModel]
 
 MODELS: dict[type[Config], Builder] = {
+    LRConfig: build_lr,
+    FMConfig: build_fm,
+    DNNConfig: build_dnn,
+    WideDeepConfig: build_wide_deep,
+    DeepFMConfig: build_deepfm,
+    DCNv2Config: build_dcnv2,
+    DualMLPConfig: build_dualmlp,
+    FinalMLPConfig: build_finalmlp,
     DINConfig: build_din,
+    INFNetConfig: build_infnet,
+    MMoEConfig: build_mmoe,
+    PLEConfig: build_ple,
 }
 
-ModelConfig = Annotated[DINConfig, Field()]
+ModelConfig = Annotated[
+    LRConfig
+    | FMConfig
+    | DNNConfig
+    | WideDeepConfig
+    | DeepFMConfig
+    | DCNv2Config
+    | DualMLPConfig
+    | FinalMLPConfig
+    | DINConfig
+    | INFNetConfig
+    | MMoEConfig
+    | PLEConfig,
+    Field(discriminator="kind"),
+]
 
 
 def build_model(config: Config, schema: Schema, table_sizes: Mapping[str, int]) -> RankingModel:
@@ -35,4 +70,4 @@ def build_model(config: Config, schema: Schema, table_sizes: Mapping[str, int]) 
     return MODELS[type(config)](config, schema, table_sizes)
 
 
-__all__ = ["MODELS", "ModelConfig", "RankingModel", "build_model"]
+__all__ = ["MODELS", "ModelConfig", "RankingModel", "TrainingOutput", "build_model", "split_output"]

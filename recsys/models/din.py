@@ -23,7 +23,7 @@ from recsys.config import Config
 from recsys.embedded import Embedded, widths
 from recsys.embeddings import Lookup
 from recsys.errors import SchemaError
-from recsys.layers import ActivationName, Dice, JoinedMLP, PReLU, SoftmaxTargetAttention, TargetAttention
+from recsys.layers import ActivationName, Dice, JoinedMLP, MeanPooling, PReLU, SoftmaxTargetAttention, TargetAttention
 from recsys.models.base import RankingModel
 from recsys.schema import Schema
 
@@ -36,6 +36,9 @@ class DINConfig(Config):
     kind: Literal["din"] = "din"
     embedding_dim: int = Field(
         16, ge=4, le=1024, multiple_of=4, description="width of every table; paper: 12 on its own data (section 6.1)"
+    )
+    pooling: Literal["attention", "mean"] = Field(
+        "attention", description="of a history; `mean`: the paper's BaseModel (section 4.2), which reads no attention_*"
     )
     attention_hidden: tuple[Width, ...] = Field(
         (36,), min_length=1, description="widths of the activation unit; paper: not given; the authors' later code: 36"
@@ -94,11 +97,7 @@ class DIN(nn.Module):
 
         query_sizes = [sum(width[name] for name in names) for names in self._query]
         key_sizes = [sum(width[name] for name in names) for names in self._keys]
-        attention = SoftmaxTargetAttention if config.attention_softmax else TargetAttention
-        self.attention = nn.ModuleList(
-            attention(q, k, hidden=config.attention_hidden, activation=config.attention_activation)
-            for q, k in zip(query_sizes, key_sizes, strict=True)
-        )
+        self.attention = nn.ModuleList(_pooling(config, q, k) for q, k in zip(query_sizes, key_sizes, strict=True))
         self.mlp = JoinedMLP(
             sum(width[name] for name in self._request),
             sum(width[name] for name in self._candidate) + sum(key_sizes),
@@ -155,6 +154,13 @@ class DIN(nn.Module):
             num_requests = embedded.histories[self._history_names[0]].lengths.shape[0]
             return rows_NC.new_zeros(num_requests, 0), rows_NC
         return torch.cat([embedded.request[feature] for feature in self._request], dim=1), rows_NC
+
+
+def _pooling(config: DINConfig, query_size: int, key_size: int) -> nn.Module:
+    if config.pooling == "mean":
+        return MeanPooling()
+    attention = SoftmaxTargetAttention if config.attention_softmax else TargetAttention
+    return attention(query_size, key_size, hidden=config.attention_hidden, activation=config.attention_activation)
 
 
 def build_din(config: DINConfig, schema: Schema, table_sizes: Mapping[str, int]) -> RankingModel:

@@ -13,9 +13,10 @@ from feature_store.build import DataConfig, build_training_set
 from feature_store.workspace import exclusive, versions_of
 from recsys.batch import Batch
 from recsys.config import validate
-from recsys.errors import SourceError
+from recsys.errors import ConfigError, SourceError
 from recsys.schema import Schema
 from recsys.training_set import SPLITS, TrainingSet
+from tests.feature_store import derived_views
 from tests.feature_store.small_views import DAY, START, impressions_of, make_schema, make_views, schema_mapping
 
 LAST_DAYS = (8, 9)
@@ -74,6 +75,8 @@ def test_an_append_equals_a_rebuild(tmp_path: Path, max_length: int) -> None:
         if max_length >= 50 and history == "clicked":
             assert sum(len(h) for _, h in by_source_row(after, history, length).values()) > 100
     assert after.manifest["rows"] == rebuilt.manifest["rows"]
+    spans = [s.manifest["summary"]["time_spans"] for s in (after, rebuilt)]
+    assert spans[0] == spans[1]
     for name in SPLITS:  # nothing new in the training period: the same ids, and so the same batches
         batches = [Batch.from_training_set(s, name, np.arange(s.split(name).num_requests)) for s in (after, rebuilt)]
         if batches[0].num_rows:
@@ -204,3 +207,28 @@ def test_nothing_new_is_nothing_done_and_a_changed_file_is_refused(tmp_path: Pat
     views["events"].head(3).write_parquet(tmp_path / "views" / "events.parquet" / "day-0.parquet")
     with pytest.raises(SourceError, match=r"events.*must be as when the set was built"):
         append_to_training_set(schema, settings(tmp_path, "set"))
+
+
+def test_new_files_may_lack_a_type_but_not_have_the_wrong_unit(tmp_path: Path) -> None:
+    views, schema = make_views(num_requests=120, num_events=600), small()
+    write_days(tmp_path / "views", views, range(8))
+    build_training_set(schema, settings(tmp_path, "set"))
+    num_clicks = TrainingSet.open(tmp_path / "set").events["clicked"].num_rows
+    write_days(tmp_path / "views", views, range(8, 9))
+    day = tmp_path / "views" / "events.parquet" / "day-8.parquet"
+    likes = pl.read_parquet(day).with_columns(type=pl.lit("like"))
+    likes.with_columns(pl.col("time") // 1000).write_parquet(day)
+    with pytest.raises(SourceError, match=r"must hold times in us, its declared unit.*in ms they would be 2020-09-"):
+        append_to_training_set(schema, settings(tmp_path, "set"))
+    assert TrainingSet.open(tmp_path / "set").events["clicked"].num_rows == num_clicks
+    likes.write_parquet(day)
+    summary = append_to_training_set(schema, settings(tmp_path, "set"))
+    assert [note.split(" (")[0] for note in summary.notes] == ["history 'clicked': there is no event of type 'click'"]
+    assert TrainingSet.open(tmp_path / "set").events["seen"].num_rows > num_clicks
+
+
+def test_derived_values_are_refused_with_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="derived must be empty where a set is appended to, got") as error:
+        append_to_training_set(derived_views.schema(), settings(tmp_path, "set"))
+    assert error.value.hint is not None
+    assert "recsys build CONFIG --force" in error.value.hint

@@ -495,7 +495,7 @@ def nanoseconds_declared_as_microseconds(place: Place) -> None:
     place.frames["events"] = place.frames["events"].with_columns(pl.col("time") * 1000)
 
 
-@fails(SourceError, "impressions.parquet", "training period must hold an impression", "views.impressions.time_unit")
+@fails(SourceError, "impressions.parquet", "must hold times in us", "views.impressions.time_unit: s")
 def seconds_declared_as_microseconds(place: Place) -> None:
     place.frames["impressions"] = place.frames["impressions"].with_columns(pl.col("time") // 1_000_000)
     place.data["split"] = {**SPLIT, "train_start": START}

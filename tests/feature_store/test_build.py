@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from feature_store.build import build_training_set
 from recsys.errors import ConfigError, EncodingError, IntegrityError, SourceError
-from recsys.training_set import SPLITS, TrainingSet, sha256_of
+from recsys.files import sha256_of
+from recsys.training_set import SPLITS, TrainingSet
 from tests.feature_store.small_views import (
     DAY,
     SPLIT,

@@ -6,9 +6,11 @@ import polars as pl
 import pytest
 
 from feature_store.build import DataConfig, build_training_set
-from feature_store.distributed import build_distributed, scan_file, sort_shard, spill_file
+from feature_store.distributed import RayEvents, build_distributed, scan_file, sort_shard, spill_file
+from recsys.errors import SourceError
 from recsys.training_set import TrainingSet
-from tests.feature_store.small_views import config, make_schema, make_views
+from tests.feature_store import derived_views
+from tests.feature_store.small_views import config, make_schema, make_views, schema_mapping
 
 
 def folder_of_parts(folder: Path, view: pl.DataFrame, num_parts: int) -> None:
@@ -31,8 +33,6 @@ def write_all(folder: Path) -> None:
 
 def test_tasks_in_turn_give_the_files_of_the_local_build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without Ray: the same tasks, one after the other."""
-    from feature_store.distributed import RayEvents
-
     tasks = []
 
     def in_turn(self: RayEvents, task: object, rows: list[dict[str, object]]) -> list[dict[str, object]]:
@@ -45,7 +45,27 @@ def test_tasks_in_turn_give_the_files_of_the_local_build(tmp_path: Path, monkeyp
     spread = build_training_set(make_schema(), data_of(tmp_path, "spread"), work=RayEvents(2))
     assert tasks == [scan_file, spill_file, sort_shard]
     assert_same_files(tmp_path)
+    assert spread.time_spans == local.time_spans
+    assert "events of type 'click'" in spread.time_spans
+    assert spread.notes == local.notes
     assert spread.quarantined == local.quarantined == {"events": {"time is negative": 5}}
+
+
+def test_tasks_give_derived_values_and_refuse_the_wrong_unit_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(RayEvents, "_map", lambda self, task, rows: [task(row) for row in rows])
+    views, schema = derived_views.make(3), derived_views.schema()
+    folder_of_parts(tmp_path / "views" / "events.parquet", views.pop("events"), 3)
+    for name, view in views.items():
+        view.write_parquet(tmp_path / "views" / f"{name}.parquet")
+    build_training_set(schema, data_of(tmp_path, "local"))
+    build_training_set(schema, data_of(tmp_path, "spread"), work=RayEvents(2))
+    assert_same_files(tmp_path)
+    finer = schema_mapping()["views"]
+    finer["events"]["time_unit"] = "ns"
+    with pytest.raises(SourceError, match="must hold times in ns"):
+        build_training_set(make_schema(views=finer), data_of(tmp_path, "wrong"), work=RayEvents(2))
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ import pytest
 from feature_store.leaks import check_leaks
 from feature_store.single_feature import single_feature_aucs, standard_error
 from recsys.errors import IntegrityError
+from recsys.files import sha256_of, write_json
 from recsys.training_set import (
     ITEM_ROW,
     SOURCE_ROW,
@@ -19,8 +20,6 @@ from recsys.training_set import (
     end_column,
     label_column,
     open_table,
-    sha256_of,
-    write_json,
     write_table,
 )
 from tests.feature_store.small_views import build, config, make_schema, make_views, write_views

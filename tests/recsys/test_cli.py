@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -20,7 +21,7 @@ from recsys.cli import AFTER_INTERRUPT, app
 from recsys.errors import DataError
 
 COMMANDS = (
-    *("simulate", "data", "build", "train", "evaluate", "export", "score"),
+    *("simulate", "data", "build", "train", "sweep", "scale", "evaluate", "export", "score"),
     *("materialize", "push", "serve", "demo", "bench"),
 )
 HEAVY = {"torch", "torchrec", "polars", "mlflow", "ray", "numpy", "pyarrow", "pandas", "pydantic", "yaml", "uvicorn"}
@@ -53,9 +54,9 @@ def fail(error: BaseException) -> Callable[[], Any]:
     return work
 
 
-@pytest.mark.parametrize("command", ["", *COMMANDS])
+@pytest.mark.parametrize("command", ["", *COMMANDS, "data check", "data inspect"])
 def test_help_comes_at_once_and_shows_an_example(command: str) -> None:
-    arguments = [command, "--help"] if command else ["--help"]
+    arguments = [*command.split(), "--help"]
     code = (
         "import sys; from recsys.cli import main\n"
         f"sys.argv = ['recsys', *{arguments!r}]\n"
@@ -124,6 +125,54 @@ def test_a_defect_shows_its_traceback_and_status_1(run: Callable[..., Any], benc
     assert "ZeroDivisionError: oops" in done.stderr
     assert "Unexpected ZeroDivisionError" in done.stderr
     assert done.stdout == ""
+
+
+def test_a_file_that_cannot_be_used_is_named_without_a_traceback(
+    run: Callable[..., Any], benchmark: Any, tmp_path: Path
+) -> None:
+    benchmark((tmp_path / "nowhere" / "file").read_text)
+    done = run("bench", "score")
+    assert done.exit_code == 2
+    assert f"Error: {tmp_path / 'nowhere' / 'file'} cannot be used: No such file or directory\n" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_an_error_of_the_system_without_a_file_is_a_defect(run: Callable[..., Any], benchmark: Any) -> None:
+    benchmark(fail(OSError(24, "Too many open files")))
+    done = run("bench", "score")
+    assert done.exit_code == 1
+    assert "Traceback" in done.stderr
+
+
+def write_manifest(folder: Path) -> None:
+    """The manifest of an artifact that holds nothing."""
+    manifest = {"format": "recsys.artifact", "format_version": 1, "name": "din", "schema": {}}
+    manifest |= {"encoder_fingerprint": "", "tables": {}, "programs": {}, "files": {}}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+EARLY = """
+import sys
+from typer.testing import CliRunner
+from recsys.cli import app
+done = CliRunner().invoke(app, ["serve", *sys.argv[1:]])
+print(done.stderr, done.exit_code, "torch" in sys.modules)
+"""
+
+
+def test_what_keeps_a_service_from_starting_is_told_before_torch_is_loaded(tmp_path: Path) -> None:
+    write_manifest(tmp_path)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        for options, message in (
+            ([str(tmp_path), "--port", port], f"port {port} of 127.0.0.1 must be free"),
+            ([str(tmp_path / "nowhere")], "must be an artifact's folder, got no such folder"),
+            (["models:/din@"], "artifact must be a folder, models:/NAME@ALIAS or models:/NAME/VERSION"),
+        ):
+            command = [sys.executable, "-c", EARLY, *options]
+            said = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+            assert message in said
+            assert said.split()[-2:] == ["2", "False"]
 
 
 def test_an_interrupt_is_status_130(run: Callable[..., Any], benchmark: Any) -> None:
@@ -197,12 +246,15 @@ def test_options_of_serve_win_over_its_file(
     run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     import serving.service
+    from serving.settings import ServiceConfig
 
-    served: list[serving.service.ServiceConfig] = []
-    monkeypatch.setattr(serving.service, "serve", served.append)
+    served: list[ServiceConfig] = []
+    monkeypatch.setattr(serving.service, "serve", lambda config, listener: served.append(config))
+    write_manifest(tmp_path)
     file = tmp_path / "serve.yaml"
-    file.write_text("artifact: somewhere\nport: 9000\nmax_candidates: 7\n")
+    file.write_text(f"artifact: {tmp_path}\nport: 9000\nmax_candidates: 7\n")
 
-    run("serve", "--config", str(file), "--port", "0")
+    done = run("serve", "--config", str(file), "--port", "0")
 
-    assert (served[0].artifact, served[0].port, served[0].max_candidates) == ("somewhere", 0, 7)
+    assert done.exit_code == 0
+    assert (served[0].artifact, served[0].port, served[0].max_candidates) == (str(tmp_path), 0, 7)

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from recsys.batch import Bags, Column
-from recsys.embeddings import Lookup, Use, uses_of_tables
+from recsys.embeddings import Lookup, Space, Use, uses_of_features, uses_of_tables, widths
 from recsys.schema import Categorical
 from tests.synthetic import TABLE_SIZES, random_batch, schema
 
@@ -98,3 +98,34 @@ def test_only_looked_up_rows_get_a_gradient() -> None:
 def test_initialisation_is_bounded_whatever_the_size_of_the_table() -> None:
     for parameter in make_lookup().parameters():
         assert 0 < float(parameter.detach().abs().max()) <= 0.01
+
+
+def test_a_space_gives_the_same_places_other_vectors() -> None:
+    torch.manual_seed(0)
+    spec = schema()
+    role = Space("role", 8, uses_of_features(spec, ("item_id", "tags")))
+    assert role.of_side("seen") == ["item_id"]
+    lookup, batch = Lookup(spec, TABLE_SIZES, D, spaces=(role,)), random_batch(5, seed=6)
+    tables = tables_of(lookup)
+    assert {name: table.shape[1] for name, table in tables.items() if "@" in name} == {"item@role": 8, "tags@role": 8}
+    embedded, plain = lookup(batch), dict(tables)
+    plain["item"], plain["tags"] = tables["item@role"], tables["tags@role"]
+    for n in range(batch.num_rows):
+        for feature in ("item_id", "tags"):
+            wanted = vector(plain, feature, batch.item[feature], n) if _filled(batch.item[feature], n) else np.zeros(8)
+            np.testing.assert_allclose(embedded.candidate[f"{feature}@role"][n].detach(), wanted, rtol=1e-6)
+        main = vector(tables, "item_id", batch.item["item_id"], n)
+        np.testing.assert_allclose(embedded.candidate["item_id"][n].detach(), main, rtol=1e-6)
+    history = batch.histories["seen"]
+    for r in range(batch.num_requests):
+        for place in range(int(history.lengths[r])):
+            wanted = vector(plain, "item_id", history.features["item_id"], int(history.offsets[r]) + place)
+            got = embedded.histories["seen"].features["item_id@role"][r, place].detach()
+            np.testing.assert_allclose(got, wanted, rtol=1e-6)
+    assert widths(spec, D, (role,))["item_id@role"] == 8
+    assert torch.equal(embedded.time, batch.time)
+    assert Space.from_json(role.to_json()) == role
+
+
+def _filled(column: Column, row: int) -> bool:
+    return not isinstance(column, Bags) or bool(column.offsets[row + 1] > column.offsets[row])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,9 @@ import pytest
 
 from recsys.encoding.encoder import Ragged
 from recsys.errors import IntegrityError
-from recsys.training_set import open_table, sha256_of, write_json, write_table
+from recsys.files import sha256_of, write_json
+from recsys.training_set import TrainingSet, open_table, write_table
+from tests.training_sets import build_synthetic
 
 
 def test_a_table_round_trips_every_kind_of_column(tmp_path: Path) -> None:
@@ -79,3 +82,42 @@ def test_writers_replace_whole_files_and_leave_nothing_behind(tmp_path: Path) ->
     write_json(tmp_path / "a.json", {"a": "ü"})
     assert sha256_of(tmp_path / "t.arrow") != first
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.json", "t.arrow"]
+
+
+def test_files_are_compared_once_until_they_are_touched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    training_set = build_synthetic(tmp_path, num_requests=40)
+    assert training_set.verify_once()
+    assert not training_set.verify_once()
+    assert not TrainingSet.open(training_set.folder).verify_once()
+
+    table = training_set.folder / "items.arrow"
+    status = table.stat()
+    content = bytearray(table.read_bytes())
+    content[-200] ^= 1
+    table.write_bytes(content)
+    os.utime(table, ns=(status.st_atime_ns, status.st_mtime_ns))  # what an archive or a copy would restore
+    with pytest.raises(IntegrityError, match=r"items\.arrow was changed after it was written: its sha256 must be"):
+        training_set.verify_once()
+    with pytest.raises(IntegrityError, match=r"items\.arrow"):
+        training_set.verify_once()
+    content[-200] ^= 1
+    table.write_bytes(content)
+    assert training_set.verify_once()
+    assert not training_set.verify_once()
+
+
+def test_without_a_place_for_the_stamp_every_call_compares(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    training_set = build_synthetic(tmp_path, num_requests=40)
+
+    def refused(*_: object) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr("recsys.training_set.write_json", refused)
+    assert training_set.verify_once()
+    assert training_set.verify_once()
+
+
+def test_a_broken_stamp_is_none(tmp_path: Path) -> None:
+    training_set = build_synthetic(tmp_path, num_requests=40)
+    training_set.folder.with_name(f"{training_set.folder.name}.verified").write_bytes(b"\xff{")
+    assert training_set.verify_once()

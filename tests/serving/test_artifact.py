@@ -13,7 +13,6 @@ import pytest
 import torch
 
 from recsys.artifact import (
-    MANIFEST,
     X86_64_V3,
     Artifact,
     ArtifactWriter,
@@ -25,8 +24,9 @@ from recsys.artifact import (
 )
 from recsys.embeddings import Lookup
 from recsys.errors import ArtifactError, SchemaError
+from recsys.files import sha256_of
+from recsys.manifest import MANIFEST
 from recsys.predictor import Predictor, load_predictor, torch_version, unfit
-from recsys.training_set import sha256_of
 from tests.serving.conftest import World
 from tests.synthetic import TABLE_SIZES, random_batch, schema
 
@@ -94,8 +94,8 @@ def test_a_missing_file_is_refused(copy: Path) -> None:
     [
         ("", "must be readable JSON"),
         ("[]", "must be the manifest of an artifact"),
-        ('{"format": "recsys.artifact", "format_version": 99}', "must be of format version 1, got 99"),
-        ('{"format": "recsys.artifact", "format_version": 1}', "must say name, schema"),
+        ('{"format": "recsys.artifact", "format_version": 99}', "must be of format version 2, got 99"),
+        ('{"format": "recsys.artifact", "format_version": 2}', "must say name, schema"),
     ],
 )
 def test_a_manifest_that_says_something_else(copy: Path, content: str, message: str) -> None:
@@ -197,6 +197,14 @@ def test_flat_inputs_are_named_and_come_back() -> None:
     assert list(again.request) == list(embedded.request)
     assert list(again.candidate) == list(embedded.candidate)
     assert input_names(schema(), "single") == names[:-1]
+
+
+def test_a_place_that_cannot_be_written_to_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    out = tmp_path / "file" / "artifact"
+    message = rf"{out} must be a place that can be written to: Not a directory"
+    with pytest.raises(ArtifactError, match=message), ArtifactWriter(out):
+        pytest.fail("the folder was not refused")
 
 
 # What a compiled program needs

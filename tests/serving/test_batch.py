@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -187,6 +189,19 @@ def test_what_must_not_be_overwritten(world: World, scorer: Scorer, tmp_path: Pa
         score_parquet(scorer, tmp_path / "parts", tmp_path / "folder")
     assert (tmp_path / "parts" / "a.parquet").read_bytes() == before
     assert (tmp_path / "folder" / "thesis.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["below/scored.parquet", "below/folder"])
+def test_an_output_that_cannot_be_written_is_named(world: World, scorer: Scorer, tmp_path: Path, name: str) -> None:
+    source = world.impressions
+    if not name.endswith(".parquet"):
+        source = tmp_path / "source"
+        source.mkdir()
+        shutil.copy(world.impressions, source / "part.parquet")
+    (tmp_path / "below").write_text("a file")
+    with pytest.raises(ConfigError, match=rf"output must be .* written to, got {re.escape(str(tmp_path / name))}: "):
+        score_parquet(scorer, source, tmp_path / name)
+    assert (tmp_path / "below").read_text() == "a file"
 
 
 def test_columns_must_tell_the_tasks_apart(world: World, scorer: Scorer, tmp_path: Path) -> None:

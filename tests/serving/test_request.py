@@ -70,8 +70,15 @@ def test_time_is_now_and_utc_where_it_does_not_say() -> None:
         ({"candidates": [1, 2, 3, 4, 5, 6]}, "candidates must be at most 5, got 6"),
         ({"candidates": [1, "a"]}, "candidates must have keys of one type"),
         ({"candidates": [True]}, "candidates[0] must be a 64-bit integer or text, got a boolean"),
-        ({"candidates": [1, 1.5]}, "candidates[1] must be a 64-bit integer or text, got a number with a fraction"),
-        ({"candidates": [2**63]}, "candidates[0] must be a 64-bit integer or text, got a number out of range"),
+        ({"candidates": [1, 1.5]}, "candidates[1] must be a 64-bit integer or text, got a number with a decimal point"),
+        ({"candidates": [2**63]}, "candidates[0] must be a 64-bit integer or text, got a number beyond 64 bits"),
+        ({"candidates": [2**70]}, "candidates[0] must be a 64-bit integer or text, got a number beyond 64 bits"),
+        ({"candidates": [-(2**63) - 1]}, "candidates[0] must be a 64-bit integer or text, got a number beyond 64 bits"),
+        (
+            {"candidates": [1], "user_id": 2**70},
+            "user_id must be a 64-bit integer or text, got a number beyond 64 bits",
+        ),
+        ({"candidates": 5}, "candidates must be a list, got an integer"),
         ({"candidates": [1, None]}, "candidates[1] must be a 64-bit integer or text, got null"),
         ({"candidates": [{"price": 1}]}, "candidates[0] must have 'item_id'"),
         ({"candidates": [{"item_id": 1, "prise": 1}]}, "did you mean 'price'?"),
@@ -99,6 +106,32 @@ def test_time_is_now_and_utc_where_it_does_not_say() -> None:
 )
 def test_what_is_refused(body: Any, message: str) -> None:
     assert message in problems(body)
+
+
+@pytest.mark.parametrize(
+    ("divisor", "factor", "unit"), [(10**6, 1, "seconds"), (1000, 1, "milliseconds"), (1, 1000, "nanoseconds")]
+)
+def test_times_of_another_unit_are_refused(divisor: int, factor: int, unit: str) -> None:
+    first, last = 1_700_000_000_000_000, 1_702_000_000_000_000
+    now = last + 86_400_000_000
+    parser = RequestParser(schema(), training_period=(first, last))
+    wrong = now // divisor * factor
+    message = f"must be UTC microseconds where it is a number, got {unit} by its size"
+    with pytest.raises(RequestError, match=f"time {message}"):
+        parser.parse({"candidates": [1], "time": wrong})
+    events = {"seen": [{"item_id": 4, "time": wrong}]}
+    with pytest.raises(RequestError, match=rf"histories\.'seen'\[0\]\.time {message}"):
+        parser.parse({"candidates": [1], "time": now, "histories": events})
+    assert parser.parse({"candidates": [1], "time": now}).time == now
+    # Older than all training, and given as text: neither is a matter of units.
+    assert parser.parse({"candidates": [1], "time": first - 10**13}).time == first - 10**13
+    assert parser.parse({"candidates": [1], "time": "1970-01-20T16:40:00Z"}).time == 1_701_600 * 10**6
+    # Without a period, or with one that counts from another origin, nothing is known of units.
+    for period in (None, (0, 10**12)):
+        if wrong < 7 * 10**15:
+            assert (
+                RequestParser(schema(), training_period=period).parse({"candidates": [1], "time": wrong}).time == wrong
+            )
 
 
 def test_every_problem_is_named_at_once() -> None:

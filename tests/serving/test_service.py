@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import http.client
 import json
 import os
 import re
@@ -27,7 +28,8 @@ from hypothesis import strategies as st
 from recsys.config import load_yaml, validate
 from recsys.errors import UnavailableError
 from serving.scorer import Scorer
-from serving.service import Model, RankingApp, ServiceConfig, serve
+from serving.service import Model, RankingApp, serve
+from serving.settings import ServiceConfig
 from tests.serving.asgi import ask
 from tests.serving.conftest import World
 
@@ -122,6 +124,12 @@ def test_statuses(app: RankingApp) -> None:
     assert call(app, "POST", "/rank", {**BODY, "user_id": "text"})[0] == 422
 
 
+def test_a_time_in_seconds_is_refused_by_what_the_artifact_knows(app: RankingApp) -> None:
+    status, reply = call(app, "POST", "/rank", {**BODY, "time": BODY["time"] // 10**6})  # type: ignore[operator]
+    assert (status, reply["error"]["type"]) == (422, "RequestError")
+    assert "got seconds by its size" in reply["error"]["message"]
+
+
 def test_a_body_that_is_too_large(app: RankingApp) -> None:
     declared = [(b"content-type", b"application/json"), (b"content-length", b"99999999999")]
     assert call(app, "POST", "/rank", b"{}", headers=declared)[0] == 413
@@ -135,6 +143,72 @@ def test_a_body_in_pieces(app: RankingApp) -> None:
     raw = orjson.dumps(BODY)
     pieces = [raw[i : i + 7] for i in range(0, len(raw), 7)]
     assert call(app, "POST", "/rank", chunks=pieces)[0] == 200
+
+
+def test_bodies_that_come_slowly_count_and_time_out(config: ServiceConfig, model: Model) -> None:
+    """Two callers who never finish their bodies fill the service; their time over, they are told so and it is free."""
+    app = RankingApp(config.model_copy(update={"threads": 1, "max_waiting": 1, "body_timeout_s": 0.2}), model)
+    scope = {"type": "http", "method": "POST", "path": "/rank", "headers": [], "query_string": b""}
+    sent: list[list[Any]] = [[], []]
+
+    async def crowd() -> None:
+        begun = [asyncio.Event(), asyncio.Event()]
+
+        async def slow(place: int) -> None:
+            first = [{"type": "http.request", "body": b"{", "more_body": True}]
+
+            async def receive() -> Any:
+                if first:
+                    return first.pop()
+                begun[place].set()
+                return await asyncio.get_running_loop().create_future()
+
+            async def send(message: Any) -> None:
+                sent[place].append(message)
+
+            await app(scope, receive, send)
+
+        slow_ones = [asyncio.create_task(slow(place)) for place in range(2)]
+        for event in begun:
+            await event.wait()
+        status, reply = await ask(app, "POST", "/rank", BODY)
+        assert (status, reply["error"]["message"]) == (503, "the service is overloaded")
+        await asyncio.wait_for(asyncio.gather(*slow_ones), 30)
+        assert (await ask(app, "POST", "/rank", BODY))[0] == 200
+
+    asyncio.run(crowd())
+    for start, body in sent:
+        assert start["status"] == 408
+        assert (b"connection", b"close") in start["headers"]
+        error = orjson.loads(body["body"])["error"]
+        assert (error["type"], error["message"]) == ("BodyTimeout", "the body must be sent within 0.2 s")
+
+
+def test_a_refused_body_is_read_to_its_end_but_not_for_ever(app: RankingApp) -> None:
+    """A connection that is closed on unread bytes is reset, and the answer lost."""
+    piece = {"type": "http.request", "body": b" " * 2**20, "more_body": True}
+    scope = {"type": "http", "method": "POST", "path": "/rank", "headers": [], "query_string": b""}
+
+    def refused(num_pieces: int) -> tuple[int, list[Any]]:
+        taken, sent = 0, []
+
+        async def receive() -> Any:
+            nonlocal taken
+            taken += 1
+            return piece if taken < num_pieces else {**piece, "more_body": False}
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+
+        asyncio.run(app(scope, receive, send))
+        return taken, sent
+
+    taken, sent = refused(8)
+    assert taken == 8
+    assert sent[0]["status"] == 413
+    assert sent[1]["more_body"], "the answer must not wait for the rest"
+    assert refused(1)[0] == 1
+    assert refused(10_000)[0] < 100
 
 
 def test_a_caller_that_goes_away_gets_nothing(app: RankingApp) -> None:
@@ -260,7 +334,8 @@ def test_no_request_is_our_mistake(app: RankingApp, body: dict[str, Any], data: 
 
 COMMAND = """
 import sys
-from serving.service import ServiceConfig, serve
+from serving.service import serve
+from serving.settings import ServiceConfig
 serve(ServiceConfig(artifact=sys.argv[1], port=int(sys.argv[2]), threads=2))
 """
 
@@ -318,6 +393,16 @@ def test_over_a_socket(running: Process, scorer: Scorer) -> None:
         )
         assert client.post("/rank", content=b"{", headers={"content-type": "application/json"}).status_code == 422
         assert client.post("/rank", json=BODY).status_code == 200
+
+
+def test_a_large_body_sent_before_the_answer_is_read(running: Process) -> None:
+    """As most clients do: they send all of it, and only then look for an answer."""
+    connection = http.client.HTTPConnection(running.url.removeprefix("http://"), timeout=30)
+    connection.request("POST", "/rank", b" " * (5 * 10**6), {"content-type": "application/json"})
+    reply = connection.getresponse()
+    assert reply.status == 413
+    assert orjson.loads(reply.read())["error"]["type"] == "BodyTooLarge"
+    connection.close()
 
 
 def test_many_callers_at_once_get_their_own_answers(running: Process, scorer: Scorer) -> None:

@@ -17,6 +17,7 @@ from recsys.errors import ArtifactError, MissingDependencyError
 from recsys.models import DINConfig, RankingModel, build_model
 from recsys.predictor import Predictor
 from recsys.training_set import TrainingSet
+from tests.spaced import spaced_model
 from tests.training_sets import build_synthetic
 from training import export as module
 from training.export import example_inputs, export_artifact, recorded_batches
@@ -73,13 +74,13 @@ def test_an_artifact_is_replaced_by_a_good_one_and_by_nothing_else(
     assert [p.name for p in tmp_path.iterdir()] == ["artifact"]
     original = module._export
 
-    def changed(network: torch.nn.Module, *rest: object) -> torch.export.ExportedProgram:
+    def changed(_: RankingModel, *rest: object) -> torch.export.ExportedProgram:
         other = build_model(
             DINConfig(embedding_dim=4, attention_hidden=(6,), hidden=(8,)),
             small_set.schema,
             small_set.encoder.table_sizes,
         )
-        return original(other.network, *rest)  # type: ignore[arg-type]
+        return original(other, *rest)  # type: ignore[arg-type]
 
     monkeypatch.setattr(module, "_export", changed)
     with pytest.raises(ArtifactError, match="recorded rows must give the recorded logits"):
@@ -173,3 +174,19 @@ def test_recorded_rows_try_the_edges(small_set: TrainingSet) -> None:
     assert int(batches["single-unknown"].histories["clicked"].lengths.sum()) == 0
     assert int(batches["single"].histories["clicked"].lengths.sum()) > 0
     assert all(b.labels is None for b in batches.values())
+
+
+def test_a_model_with_a_space_of_its_own_is_scored_from_its_tables(small_set: TrainingSet, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = spaced_model(small_set.schema, dict(small_set.encoder.table_sizes)).eval()
+    with torch.no_grad():
+        for parameter in model.lookup.parameters():
+            parameter.normal_(0.0, 0.5)
+    export_artifact(model, small_set, tmp_path / "artifact", name="spaced", compile=False)
+    artifact = Artifact.open(tmp_path / "artifact")
+    assert {"item", "item@role", "tags@role"} <= set(artifact.tables)
+    predictor = Predictor(artifact)
+    for requests in (slice(0, 20), slice(3, 4)):
+        batch = Batch.from_training_set(small_set, "train", requests)
+        with torch.inference_mode():
+            np.testing.assert_allclose(predictor.logits(batch), model(batch).numpy(), atol=1e-6, rtol=0)

@@ -4,6 +4,7 @@ import math
 
 import torch
 
+from recsys.models import TrainingOutput
 from tests.synthetic import schema
 from training.objective import Objective
 
@@ -33,3 +34,12 @@ def test_a_batch_without_labels_has_loss_and_gradient_zero() -> None:
     assert loss.item() == 0.0
     assert logits.grad is not None
     assert torch.equal(logits.grad, torch.zeros(1, 2))
+
+
+def test_a_networks_own_losses_are_added() -> None:
+    """By task they are weighted as the tasks are; a scalar is taken as it is; both are sums over rows."""
+    objective = Objective(schema(), {"like": 3.0})
+    logits, labels = torch.zeros(4, 2), torch.tensor([[1.0, 0.0]] * 4)
+    plain = objective(logits, labels, 8).item()
+    output = TrainingOutput(logits, {"by_task": torch.tensor([1.0, 2.0]), "scalar": torch.tensor(4.0)})
+    assert math.isclose(objective(output, labels, 8).item(), plain + (1.0 + 3.0 * 2.0 + 4.0) / 8, rel_tol=1e-6)

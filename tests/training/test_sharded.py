@@ -14,12 +14,14 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from recsys.config import validate
+from recsys.errors import ConfigError
 from recsys.layers.activations import Dice, masked_moments
 from recsys.schema import Schema
 from recsys.training_set import TrainingSet
 from tests.synthetic import SCHEMA, SPLIT
 from tests.training_sets import build_synthetic
 from training.experiment import ExperimentConfig
+from training.run import RunFolder
 from training.trainer import train
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
@@ -93,6 +95,51 @@ def test_two_ray_workers_follow_one_process_for_100_steps(folder: Path, tmp_path
     assert again.best_checkpoint == two.best_checkpoint
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {
+            "embedding_optimizer": {"kind": "adam", "lr": 0.01},
+            "embedding_l2": 0.05,
+            "dense_l2": 0.01,
+            "gradient_clip_norm": 0.3,
+            "lr_schedule": {"kind": "plateau", "warmup_steps": 5},
+        },
+        {
+            "embedding_optimizer": {"kind": "lazy_adam", "lr": 0.01},
+            "gradient_clip_norm": 0.3,
+            "mini_batch_aware_l2": 0.5,
+            "lr_schedule": {"kind": "exponential", "rate": 0.5, "every_steps": 10},
+            "task_balancing": {"kind": "uncertainty"},
+        },
+        {
+            "embedding_optimizer": {"kind": "sgd", "lr": 1.0},
+            "mini_batch_aware_l2": 5.0,
+            "lr_schedule": {"kind": "cosine", "warmup_steps": 5},
+        },
+    ],
+    ids=["adam", "lazy_adam", "fused"],
+)
+def test_two_ranks_follow_one_process_with_any_recipe(folder: Path, tmp_path: Path, settings: dict[str, Any]) -> None:
+    config, schema = experiment(folder, **settings, epochs=2)
+    train(config, schema, tmp_path / "one", progress=False)
+    RunFolder(tmp_path / "two").begin(config, schema, TrainingSet.open(folder / "training_set"), resume=True)
+    in_processes(_train_two, 2, tmp_path, folder, settings)
+    single, sharded = losses(tmp_path / "one"), losses(tmp_path / "two")
+    assert len(single) == len(sharded) > 25
+    assert abs(single[-1] - single[0]) > 1e-2, "the run must have moved"
+    np.testing.assert_allclose(sharded, single, rtol=0, atol=2e-5)
+
+
+def _train_two(tmp_path: Path, folder: Path, settings: dict[str, Any]) -> None:
+    from training.console import TrainingDisplay
+    from training.sharded import ShardedProcesses
+    from training.trainer import train_rank
+
+    config, schema = experiment(folder, **settings, epochs=2)
+    train_rank(config, schema, tmp_path / "two", ShardedProcesses(), display=TrainingDisplay(enabled=False))
+
+
 def _moments_equal(folder: Path) -> None:
     from training.sharded import moments_over_ranks
 
@@ -155,3 +202,10 @@ def test_synchronised_moments_replace_those_of_every_dice_layer() -> None:
     model = torch.nn.Sequential(Dice(2), torch.nn.Sequential(Dice(3)))
     synchronise_moments(model)
     assert [m.moments for m in model.modules() if isinstance(m, Dice)] == [moments_over_ranks] * 2
+
+
+def test_gradnorm_is_refused_with_several_workers(folder: Path, tmp_path: Path) -> None:
+    config, schema = experiment(folder, task_balancing={"kind": "gradnorm", "shared": ["mlp.first"]})
+    with pytest.raises(ConfigError, match=r"task_balancing.kind must be 'none' or 'uncertainty' with 2 workers"):
+        train(config, schema, tmp_path / "run", workers=2, progress=False)
+    assert not (tmp_path / "run").exists()

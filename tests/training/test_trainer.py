@@ -25,7 +25,7 @@ from tests.synthetic import SPLIT, schema
 from tests.training.conftest import MakeExperiment
 from tests.training_sets import build_synthetic
 from training.baselines import item_popularity
-from training.checkpoint import CheckpointStore
+from training.checkpoint import CheckpointStore, checkpoint_name
 from training.console import TrainingDisplay
 from training.evaluate import evaluate, plain, predict
 from training.experiment import ExperimentConfig
@@ -65,8 +65,9 @@ def same_checkpoints(one: Path, other: Path) -> None:
     assert CheckpointStore(other / "checkpoints").latest == latest
     first, second = checkpoint_tensors(one, latest), checkpoint_tensors(other, latest)
     assert first.keys() == second.keys()
-    assert any("momentum_1" in name for name in first), "fused optimizer state is there"
-    assert any("exp_avg" in name for name in first), "dense optimizer state is there"
+    of_tables, of_network = ([n for n in first if f"/{part}." in n] for part in ("tables", "dense"))
+    assert any("momentum_1" in n or "exp_avg" in n for n in of_tables), "the tables' state is there"
+    assert any("exp_avg" in n for n in of_network), "dense optimizer state is there"
     assert any("random" in name for name in first)
     for name, tensor in first.items():
         assert torch.equal(tensor, second[name]), name
@@ -128,6 +129,96 @@ def test_a_resumed_run_ends_with_the_bits_of_an_uninterrupted_one(
     assert result_of(found) == result_of(expected)
     same_checkpoints(whole, broken)
     assert (broken / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {
+            "embedding_optimizer": {"kind": "adam", "lr": 0.01},
+            "embedding_l2": 0.05,
+            "dense_l2": 0.01,
+            "gradient_clip_norm": 0.3,
+            "lr_schedule": {"kind": "plateau", "warmup_steps": 5},
+        },
+        pytest.param(
+            {
+                "embedding_optimizer": {"kind": "lazy_adam", "lr": 0.01},
+                "gradient_clip_norm": 0.3,
+                "mini_batch_aware_l2": 0.5,
+                "lr_schedule": {"kind": "exponential", "rate": 0.5, "every_steps": 10},
+            },
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            {
+                "mini_batch_aware_l2": 0.5,
+                "lr_schedule": {"kind": "cosine", "warmup_steps": 5},
+                "task_balancing": {"kind": "gradnorm", "shared": ["mlp.first"]},
+            },
+            marks=pytest.mark.slow,
+        ),
+        {"task_balancing": {"kind": "uncertainty"}, "dense_optimizer": {"kind": "adam", "weight_decay": 0.1}},
+    ],
+    ids=["adam", "lazy_adam", "gradnorm", "uncertainty"],
+)
+def test_a_run_of_any_recipe_resumes_with_the_same_bits(
+    make_experiment: MakeExperiment,
+    run_dir: Path,
+    crash_at: Callable[[int], None],
+    monkeypatch: pytest.MonkeyPatch,
+    settings: dict[str, Any],
+) -> None:
+    experiment = make_experiment(epochs=2, log_every_steps=4, checkpoint_every_s=1e-9, **settings)
+    whole, broken = run_dir / "whole", run_dir / "broken"
+    expected = train(experiment, schema(), whole, progress=False)
+    crash_at(25)
+    with pytest.raises(Crash):
+        train(experiment, schema(), broken, progress=False)
+    monkeypatch.undo()
+    assert result_of(train(experiment, schema(), broken, progress=False)) == result_of(expected)
+    same_checkpoints(whole, broken)
+    assert (broken / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
+
+
+def test_the_schedule_reaches_tables_and_network_and_is_shown(make_experiment: MakeExperiment, run_dir: Path) -> None:
+    """With a rate of 1e-30 nothing moves after the first steps, whatever kind of optimizer the tables have."""
+    for kind in ("adagrad", "adam"):
+        experiment = make_experiment(
+            epochs=2,
+            log_every_steps=10,
+            embedding_optimizer={"kind": kind, "lr": 0.25},
+            lr_schedule={"kind": "exponential", "rate": 1e-30, "every_steps": 15, "staircase": True},
+        )
+        result = train(experiment, schema(), run_dir / kind, progress=False)
+        lines = [json.loads(line) for line in (run_dir / kind / "metrics.jsonl").read_text().splitlines()]
+        rates = [line["lr"] for line in lines]
+        assert rates[0] == {"tables": 0.25, "network": 1e-3}
+        assert rates[-1]["tables"] == pytest.approx(0.25 * 1e-30 ** (result.steps // 15))
+        first, second = (
+            checkpoint_tensors(run_dir / kind, checkpoint_name(step)) for step in (result.steps // 2, result.steps)
+        )
+        weights = [name for name in first if name.startswith("/model") and "running" not in name]
+        assert any("embedding_bags" in name for name in weights)
+        for name in weights:
+            assert torch.equal(first[name], second[name]), name
+
+
+def test_a_plateau_lowers_the_rates_of_the_next_epoch(make_experiment: MakeExperiment, run_dir: Path) -> None:
+    experiment = make_experiment(
+        epochs=6,
+        embedding_optimizer={"kind": "adam", "lr": 0.1},
+        lr_schedule={"kind": "plateau", "rate": 0.5},
+        selection={"patience": 10},
+    )
+    train(experiment, schema(), run_dir, progress=False)
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    epochs = [line for line in lines if line["kind"] == "epoch"]
+    expected = 0.1
+    for epoch in epochs:
+        expected *= 1.0 if epoch["is_best"] else 0.5
+        assert epoch["lr"]["tables"] == pytest.approx(expected)
+    assert not all(epoch["is_best"] for epoch in epochs)
 
 
 def test_two_runs_of_one_experiment_are_equal_and_another_seed_differs(

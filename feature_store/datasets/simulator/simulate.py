@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from feature_store.datasets.folder import views_folder, write_json
+from feature_store.datasets.folder import views_folder
 from feature_store.datasets.simulator.ceiling import Ceiling, CeilingCounter, PopularityCounter
 from feature_store.datasets.simulator.config import SimulatorConfig
 from feature_store.datasets.simulator.traffic import (
@@ -33,6 +33,7 @@ from feature_store.datasets.simulator.views import (
 )
 from feature_store.datasets.simulator.world import World, build_world
 from feature_store.datasets.summary import Progress
+from recsys.files import write_json
 
 FORMAT_VERSION = 1
 MARKER = "simulation.json"

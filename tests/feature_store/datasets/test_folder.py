@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from feature_store.datasets.folder import views_folder, write_json
+from feature_store.datasets.folder import views_folder
 from recsys.errors import SourceError
+from recsys.files import write_json
 
 MARKER = "made.json"
 ROOT = Path(__file__).parents[3]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import importlib
 import json
 import shutil
 from collections.abc import Callable
@@ -147,6 +148,62 @@ def test_evaluate_shows_a_table(place: Path, trained: dict[str, Any]) -> None:
     for task, metrics in expected.items():
         row = [f"{metrics[name]:.4f}" for name in ("auc", "gauc", "logloss", "ne", "ece")]
         assert [task, *row, str(metrics["num_rows"])] in shown
+
+
+def test_evaluate_compares_with_popularity_and_with_another_run(place: Path, trained: dict[str, Any]) -> None:
+    run = place / "runs" / "tiny"
+    found = answer("evaluate", run, "--base", "popularity")
+    for task, metrics in found["tasks"].items():
+        for name in ("auc", "gauc"):
+            ours, base = metrics[name], found["base_tasks"][task][name]
+            expected = ((ours - 0.5) / (base - 0.5) - 1) * 100
+            assert found["rela_impr"][task][name] == pytest.approx(expected)
+        assert found["base_tasks"][task]["num_rows"] == metrics["num_rows"]
+    itself = answer("evaluate", run, "--base", run)
+    assert itself["rela_impr"]["click"] == {"auc": 0.0, "gauc": 0.0}
+    shown = invoke("evaluate", run, "--base", "popularity").stdout
+    assert "RelaImpr over popularity" in shown
+    assert str(found["tasks"]["click"]["gauc_users"]) in shown
+
+
+def test_sweep_writes_a_table_and_trains_nothing_twice(place: Path, trained: dict[str, Any]) -> None:
+    other = yaml.safe_load((place / "tiny.yaml").read_text(encoding="utf-8")) | {"name": "mean"}
+    other["model"] = other["model"] | {"pooling": "mean"}
+    (place / "mean.yaml").write_text(yaml.safe_dump(other), encoding="utf-8")
+    arguments = ("sweep", place / "tiny.yaml", place / "mean.yaml", "--folder", place / "sweep", "--seeds", "1,2")
+    quick = ("--set", "training.epochs=1", "--set", "tracking.enabled=false")
+    found = answer(*arguments, *quick, "--base", "mean")
+    assert set(found["arms"]) == {"tiny", "mean"}
+    for name, arm in found["arms"].items():
+        values = [run["test"]["click"]["auc"] for run in arm["seeds"].values()]
+        assert len(set(values)) == 2, "seeds must differ"
+        assert arm["test"]["click"]["auc"]["mean"] == pytest.approx(sum(values) / 2)
+        assert arm["test"]["click"]["auc"]["sd"] == pytest.approx(abs(values[0] - values[1]) / 2**0.5)
+        summary = json.loads((place / "sweep" / name / "seed-2" / "summary.json").read_text(encoding="utf-8"))
+        assert summary["test"]["click"]["auc"] == arm["seeds"]["2"]["test"]["click"]["auc"]
+    ours, base = (found["arms"][name]["test"]["click"]["auc"]["mean"] for name in ("tiny", "mean"))
+    expected = ((ours - 0.5) / (base - 0.5) - 1) * 100
+    assert found["arms"]["tiny"]["rela_impr"]["click"]["auc"] == pytest.approx(expected)
+    table = (place / "sweep" / "sweep.md").read_text(encoding="utf-8")
+    assert f"{ours:.4f} ± " in table
+    checkpoints = sorted((place / "sweep").rglob("checkpoints/*"))
+    times = {path: path.stat().st_mtime_ns for path in checkpoints}
+    assert answer(*arguments, *quick, "--base", "mean") == found
+    assert {path: path.stat().st_mtime_ns for path in sorted((place / "sweep").rglob("checkpoints/*"))} == times
+
+
+def test_sweep_refuses_what_cannot_stand_in_one_table(place: Path, trained: dict[str, Any]) -> None:
+    folder = ("--folder", place / "refused")
+    twice = invoke("sweep", place / "tiny.yaml", place / "tiny.yaml", *folder)
+    assert twice.exit_code == 2
+    assert "experiments must be at least one and all different" in twice.stderr
+    seeds = invoke("sweep", place / "tiny.yaml", *folder, "--seeds", "1,one")
+    assert seeds.exit_code == 2
+    assert "--seeds must be whole numbers" in seeds.stderr
+    base = invoke("sweep", place / "tiny.yaml", *folder, "--base", "tony")
+    assert base.exit_code == 2
+    assert "base must be one of the experiments" in base.stderr
+    assert not (place / "refused").exists()
 
 
 def test_evaluate_of_no_run_says_so(tmp_path: Path) -> None:
@@ -299,7 +356,7 @@ def test_data_converts(tmp_path: Path, dataset: Callable[[str], Path]) -> None:
 
 @pytest.mark.slow
 def test_demo_runs_all_stages_and_again_from_what_is_there(tmp_path: Path) -> None:
-    arguments = ("demo", "-o", tmp_path / "demo", "--impressions", 12_000, "--epochs", 1)
+    arguments = ("demo", "-o", tmp_path / "a #1: 'demo', [x]", "--impressions", 12_000, "--epochs", 1)
     first = answer(*arguments)
     scorers = first["scorers"]
     assert scorers["floor"]["auc"] < scorers["ceiling"]["auc"]
@@ -319,3 +376,98 @@ def test_demo_runs_all_stages_and_again_from_what_is_there(tmp_path: Path) -> No
     assert again.stderr.count("there already") == 3
     assert f"{scorers['model']['auc']:.4f}" in again.stdout
     assert "item popularity (floor)" in again.stdout
+
+
+@pytest.mark.parametrize("target", ["/proc/x", "/proc/x/y", "FILE/x"])
+@pytest.mark.parametrize("command", ["simulate", "demo", "build", "data", "check", "inspect"])
+def test_a_place_that_cannot_be_written_is_told_before_any_work(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str, target: str
+) -> None:
+    def work(*_: object, **__: object) -> None:
+        pytest.fail("work began")
+
+    # By its name, the package would give the function of the same name.
+    monkeypatch.setattr(importlib.import_module("feature_store.datasets.simulator.simulate"), "build_world", work)
+    monkeypatch.setattr("feature_store.build._build", work)
+    monkeypatch.setattr("feature_store.quality.check_quality", work)
+    monkeypatch.setattr("feature_store.propose.propose", work)
+    (tmp_path / "FILE").write_text("")
+    (tmp_path / "raw").mkdir()
+    target = str(tmp_path / target)
+    arguments: dict[str, tuple[object, ...]] = {
+        "simulate": ("simulate", "--output", target),
+        "demo": ("demo", "--output", target),
+        "build": ("build", place / "tiny.yaml", "--set", f"data.training_set={target}"),
+        "data": ("data", "kuairand_pure", "--raw", tmp_path / "raw", "--output", target),
+        "check": ("data", "check", place / "tiny.yaml", "--html", target),
+        "inspect": ("data", "inspect", place / "sound.parquet", "--schema", target),
+    }
+    done = invoke(*arguments[command])
+    assert done.exit_code == 2, done.output
+    assert f"must be a place that can be written to, got {target}" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_the_demo_wants_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "FILE").write_text("")
+    done = invoke("demo", "-o", tmp_path / "FILE")
+    assert done.exit_code == 2
+    assert f"--output must be a folder, got the file {tmp_path / 'FILE'}" in done.stderr
+
+
+def test_build_tells_what_it_found(place: Path) -> None:
+    done = invoke("build", place / "tiny.yaml")
+    assert done.exit_code == 0, done.stderr
+    summary = answer("build", place / "tiny.yaml")
+    shown = {line.split("  ")[0]: line.rpartition("  ")[2] for line in done.stdout.splitlines()}
+    assert shown["users without attributes"] == f"{summary['users_without_attributes']:,}"
+    assert shown["items without attributes"] == f"{summary['items_without_attributes']:,}"
+    assert shown["events in no history"] == f"{summary['unused_events']:,}"
+    assert summary["time_spans"]["impressions"][0].startswith("20")
+    for log, (first, last) in summary["time_spans"].items():
+        assert shown[f"time of {log}"] == f"{first} to {last}"
+    assert [v for k, v in shown.items() if k.startswith("note ")] == summary["notes"]
+
+
+@pytest.mark.parametrize("wrong", [999, 10**9 + 1])
+def test_simulate_says_the_sizes_that_it_takes(tmp_path: Path, wrong: int) -> None:
+    from feature_store.datasets.simulator import SimulatorConfig
+    from recsys.commands.simulate import MAX_IMPRESSIONS, MIN_IMPRESSIONS
+
+    bounds = SimulatorConfig.model_json_schema()["properties"]["num_impressions"]
+    assert (bounds["minimum"], bounds["maximum"]) == (MIN_IMPRESSIONS, MAX_IMPRESSIONS)
+    assert "1000<=x<=1000000000" in invoke("simulate", "--help").stdout
+    done = invoke("simulate", "--output", tmp_path / "out", "--impressions", wrong)
+    assert done.exit_code == 2
+    assert "Invalid value for '--impressions'" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_train_refuses_a_training_set_that_was_changed(place: Path, tmp_path: Path) -> None:
+    """One bit of one label: nothing but the checksum knows."""
+    copy = tmp_path / "set"
+    arguments = ("train", place / "tiny.yaml", "--set", f"data.training_set={copy}", "--set", "training.epochs=1")
+    invoke("build", place / "tiny.yaml")
+    shutil.copytree(place / "training_set", copy)
+    table = copy / "train" / "impressions.arrow"
+    content = bytearray(table.read_bytes())
+    content[len(content) // 2] ^= 1
+    table.write_bytes(content)
+    done = invoke(*arguments, "--run", tmp_path / "run")
+    assert done.exit_code == 2
+    assert f"{table} was changed after it was written" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_missing_files_are_named_by_the_whole_path(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = invoke("build", place / "tiny.yaml", "--set", "data.views=nowhere", "--set", "data.training_set=set")
+    assert done.exit_code == 2
+    assert f"{tmp_path}/nowhere/impressions.parquet does not exist" in done.stderr
+    assert f"'nowhere' is relative to the working folder, {tmp_path}" in done.stderr
+    done = invoke("build", place / "tiny.yaml", "--set", "schema_file=../schem.yaml")
+    assert done.exit_code == 2
+    assert f"{place.parent}/schem.yaml does not exist" in done.stderr
+    assert "relative to this one" in done.stderr

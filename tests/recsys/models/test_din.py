@@ -82,7 +82,9 @@ def test_by_hand() -> None:
         network.mlp.first.weight.copy_(torch.tensor([[1.0, 10.0]]))
         network.output.weight.fill_(1.0)
     history = EmbeddedHistory({"x": torch.tensor([[[3.0], [5.0], [0.0]]])}, torch.tensor([2]), torch.zeros(1, 3).long())
-    embedded = Embedded({}, {"x": torch.tensor([[2.0]])}, {"clicked": history}, torch.tensor([0]))
+    embedded = Embedded(
+        {}, {"x": torch.tensor([[2.0]])}, {"clicked": history}, torch.tensor([0]), torch.zeros(1).long()
+    )
     assert network(embedded).item() == 682.0
     assert network.single_request(embedded).item() == 682.0
 
@@ -109,7 +111,9 @@ def dense_schema(**history: Any) -> Schema:
 def test_a_schema_without_user_features_is_scored() -> None:
     network = DIN(SMALL, dense_schema()).eval()
     history = EmbeddedHistory({"x": torch.randn(2, 3, 1)}, torch.tensor([3, 1]), torch.zeros(2, 3).long())
-    embedded = Embedded({}, {"x": torch.randn(4, 1)}, {"clicked": history}, torch.tensor([0, 0, 0, 1]))
+    embedded = Embedded(
+        {}, {"x": torch.randn(4, 1)}, {"clicked": history}, torch.tensor([0, 0, 0, 1]), torch.zeros(2).long()
+    )
     program = torch.export.export(network, (embedded,)).module()
     torch.testing.assert_close(program(embedded), network(embedded))
     assert network.mlp.first.weight.shape == (8, 2)
@@ -134,6 +138,7 @@ def test_the_order_of_a_dict_does_not_matter() -> None:
         backwards(embedded.candidate),
         {n: h._replace(features=backwards(h.features)) for n, h in backwards(embedded.histories).items()},
         embedded.request_of_row,
+        embedded.time,
     )
     torch.testing.assert_close(model.network(other), model.network(embedded), rtol=0, atol=0)
 
@@ -261,6 +266,7 @@ def planted(requests: int, seed: int, table: Tensor) -> tuple[Embedded, Tensor, 
             )
         },
         torch.arange(requests),
+        torch.zeros(requests).long(),
     )
     return embedded, labels, probability
 
@@ -303,4 +309,5 @@ def _rows(embedded: Embedded, rows: Tensor) -> Embedded:
         {"x": embedded.candidate["x"][rows]},
         {"clicked": EmbeddedHistory({"x": history.features["x"][rows]}, history.lengths[rows], history.times[rows])},
         torch.arange(len(rows)),
+        torch.zeros(len(rows)).long(),
     )

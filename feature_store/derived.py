@@ -1,0 +1,261 @@
+"""Computes derived values for every request and impression; what each is, :mod:`recsys.derived` says.
+
+Rows of a log are sorted once for all values of the same groups; each value is two binary searches a look-up
+(:mod:`recsys.windows`), chunk by chunk, into a file of the staging folder. So memory holds the log and the value at
+work, not all values of all impressions. It grows with the rows of the log, and of the views of versions, unlike that of
+a schema without derived values, whose events are looked at shard by shard (:mod:`feature_store.event_shards`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import polars as pl
+
+from feature_store.sources import feature_use
+from feature_store.views import Views, version_view, windowed
+from recsys.derived import AsOf, Derived, Mean, Ratio, Sum, Windowed, duration_us
+from recsys.errors import SourceError
+from recsys.windows import GroupedRows, LatestVersion, WindowedValue, in_units, ratio
+
+if TYPE_CHECKING:
+    from feature_store.joined import Joined
+
+CHUNK = 1 << 20
+"""Look-ups at once."""
+
+
+def compute_derived(joined: Joined, happened: np.ndarray | None) -> Mapping[str, np.ndarray]:
+    """Every derived value of a schema.
+
+    Args:
+        joined: everything but the derived values.
+        happened: ``(E,)`` int64, valid rows of the events view; None if it is not read.
+
+    Returns:
+        By name: ``(R,)`` or ``(N,)`` by its scope; float64 with NaN where missing, of versions int64 rows of their view
+        with -1 where there is none.
+
+    Raises:
+        QuarantineError: too many versions are broken.
+        SourceError: an expression does not fit its columns, or does not give what it must.
+    """
+    return _Computation(joined, happened).run()
+
+
+class _Log:
+    """Valid rows of a log.
+
+    Attributes:
+        source_row: ``(E,)`` int64, rows of the view.
+        user_row: ``(E,)`` int64.
+        item_row: ``(E,)`` int64.
+        time: ``(E,)`` int64.
+    """
+
+    def __init__(self, source_row: np.ndarray, user_row: np.ndarray, item_row: np.ndarray, time: np.ndarray) -> None:
+        self.source_row = source_row
+        self.user_row = user_row
+        self.item_row = item_row
+        self.time = time
+
+
+class _Computation:
+    def __init__(self, joined: Joined, happened: np.ndarray | None) -> None:
+        self.joined = joined
+        self.views: Views = joined.views
+        self.schema = joined.schema
+        self._happened = happened
+        self._codes: dict[str, tuple[np.ndarray, int]] = {}
+        self._folder = self.views.staging / "derived"
+        self._folder.mkdir(parents=True, exist_ok=True)
+
+    def run(self) -> dict[str, np.ndarray]:
+        found: dict[str, np.ndarray] = {}
+        logs: dict[str, _Log] = {}
+        for (source, by, created), specs in self._alike().items():
+            if source not in logs:
+                logs = {source: self._log(source)}
+            log = logs[source]
+            key, is_grouped = self._keys(by, log.user_row, log.item_row)
+            known = None if created is None else self.views.created(source, created)[log.source_row][is_grouped]
+            rows = GroupedRows(key[is_grouped], log.time[is_grouped], known)
+            for spec in specs:
+                value = self._value(spec, log, rows, is_grouped)
+                found[spec.name] = self._filled(spec, np.float64, partial(self._at, value))
+        for view in self.schema.views.versions:
+            found.update(self._versions(view.name))
+        for derived in self.schema.derived:
+            if isinstance(derived, Ratio):
+                found[derived.name] = self._ratio(derived, found)
+        return {derived.name: found[derived.name] for derived in self.schema.derived}
+
+    def _alike(self) -> dict[tuple[str, tuple[str, ...], str | None], list[Windowed]]:
+        """Values of the same rows in the same groups, log by log."""
+        alike: dict[tuple[str, tuple[str, ...], str | None], list[Windowed]] = {}
+        for spec in sorted(windowed(self.schema), key=lambda spec: spec.source):
+            alike.setdefault((spec.source, spec.by, spec.created), []).append(spec)
+        return alike
+
+    def _log(self, source: str) -> _Log:
+        views, joined = self.views, self.joined
+        if source == "impressions":
+            user_row = np.repeat(joined.user_row, joined.requests.row_counts)
+            time = views.time("impressions")[joined.source_row]
+            return _Log(joined.source_row, user_row, joined.item_row, time)
+        rows = self._happened
+        assert rows is not None
+        user_row = joined.users.rows_of(views.keys("events", "user").gather(rows))
+        item_row = joined.items.rows_of(views.keys("events", "item").gather(rows))
+        return _Log(rows, user_row, item_row, views.time("events")[rows])
+
+    def _keys(self, by: Sequence[str], user_row: np.ndarray, item_row: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The group of each row, and whether it has one: a row whose attribute is missing belongs to none."""
+        key = np.zeros(len(user_row), np.int64)
+        is_grouped = np.ones(len(user_row), np.bool_)
+        for name in by:
+            codes, size, scope = self._coded(name)
+            row = user_row if scope == "user" else item_row
+            code = row if codes is None else codes[row]
+            is_grouped &= code >= 0
+            key *= size
+            key += code
+        key[~is_grouped] = -1
+        return key, is_grouped
+
+    def _coded(self, name: str) -> tuple[np.ndarray | None, int, str]:
+        """The number of each entity's group, -1 where its attribute is missing; how many; and whose it is."""
+        joined = self.joined
+        if name in ("user", "item"):
+            return None, (joined.users if name == "user" else joined.items).num_rows, name
+        feature = self.schema.feature(name)
+        if name not in self._codes:
+            entities = joined.users if feature.scope == "user" else joined.items
+            values = pl.from_arrow(entities.column(feature_use(self.schema, feature)))
+            assert isinstance(values, pl.Series)
+            if values.dtype.is_float():
+                values = values.fill_nan(None)
+            elif values.dtype == pl.Null or values.dtype == pl.Boolean:
+                values = values.cast(pl.Int8)
+            codes = (values.rank("dense").cast(pl.Int64) - 1).fill_null(-1).to_numpy()
+            self._codes[name] = codes, int(codes.max(initial=0)) + 1
+        return *self._codes[name], feature.scope
+
+    def _asked(self, by: Sequence[str], part: slice) -> tuple[np.ndarray, np.ndarray]:
+        """The group and the time of some requests, or of some impressions."""
+        joined = self.joined
+        if self._scope_of(by) == "context":
+            user_row = joined.user_row[part]
+            return self._keys(by, user_row, user_row)[0], joined.requests.time[part]
+        request = self._requests_of(part)
+        return self._keys(by, joined.user_row[request], joined.item_row[part])[0], joined.requests.time[request]
+
+    def _at(self, value: WindowedValue, part: slice) -> np.ndarray:
+        return value.at(*self._asked(value.spec.by, part))
+
+    def _scope_of(self, by: Sequence[str]) -> str:
+        return "context" if all(self._coded(name)[2] == "user" for name in by) else "candidate"
+
+    def _requests_of(self, rows: slice) -> np.ndarray:
+        """``(n,)``: the request of each impression."""
+        starts = self.joined.requests.row_start
+        return np.searchsorted(starts, np.arange(rows.start, rows.stop), side="right") - 1
+
+    def _value(self, spec: Windowed, log: _Log, rows: GroupedRows, is_grouped: np.ndarray) -> WindowedValue:
+        """Filters a log's rows, reads their values."""
+        views = self.views
+        is_counted = np.ones(int(np.count_nonzero(is_grouped)), np.bool_)
+        source_row = log.source_row[is_grouped]
+        if spec.event_types is not None:
+            types = views.event_types()
+            assert types is not None
+            is_counted &= types.is_in(list(spec.event_types)).fill_null(False).to_numpy()[source_row]
+        if spec.where is not None:
+            is_counted &= self._computed(spec, spec.where, "where")[source_row]
+        if not isinstance(spec, Sum | Mean):
+            return WindowedValue.build(spec, rows, is_counted)
+        values = self._computed(spec, spec.value, "value")[source_row]
+        is_counted &= ~np.isnan(values)
+        try:
+            units = in_units(np.where(is_counted, values, np.nan), spec.decimals)
+        except ValueError as err:
+            place = f"{views.sources[spec.source].place}: derived value {spec.name!r}: value"
+            raise SourceError(f"{place} {err}", hint="scale it in the expression, or give fewer decimals") from err
+        return WindowedValue.build(spec, rows, is_counted, units)
+
+    def _computed(self, spec: Windowed, text: str, field: str) -> np.ndarray:
+        """An expression over all rows of a view: booleans for ``where``, float64 with NaN for ``value``."""
+        place = f"derived value {spec.name!r}: {field}"
+        series = self.views.computed(spec.source, text, place)
+        wanted = "true or false" if field == "where" else "a number"
+        is_boolean = series.dtype == pl.Boolean
+        is_right = is_boolean if field == "where" else is_boolean or series.dtype.is_numeric()
+        if not is_right and series.dtype != pl.Null:
+            raise SourceError(
+                f"{self.views.sources[spec.source].place}: {place} must give {wanted}, got {str(series.dtype).lower()}",
+                hint="compare with a value" if field == "where" else "CAST(x AS DOUBLE) makes a number of text",
+            )
+        if field == "where":
+            return series.cast(pl.Boolean).fill_null(False).to_numpy()
+        return series.cast(pl.Float64).fill_null(np.nan).to_numpy()
+
+    def _versions(self, name: str) -> Iterator[tuple[str, np.ndarray]]:
+        """The version that each value of one view reads."""
+        views, joined = self.views, self.joined
+        view = version_view(self.schema, name)
+        assert view is not None
+        entities = joined.users if view.of == "user" else joined.items
+        rows = views.valid_rows(name)
+        row_of_entity = entities.rows_of(views.keys(name, view.of).gather(rows))
+        is_known = row_of_entity > 0
+        rows, row_of_entity = rows[is_known], row_of_entity[is_known]
+        created = None if view.created is None else views.created(name, view.created)[rows]
+        ranks = _ranks(views.version_columns(name)[rows])
+        latest = LatestVersion.build(row_of_entity, views.time(name)[rows], created, ranks)
+        for derived in self.schema.derived:
+            if isinstance(derived, AsOf) and derived.view == name:
+                max_age = None if derived.max_age is None else duration_us(derived.max_age)
+
+                def find(part: slice, max_age: int | None = max_age) -> np.ndarray:
+                    found = latest.at(*self._asked((view.of,), part), max_age)
+                    return np.where(found < 0, -1, np.append(rows, -1)[found])
+
+                yield derived.name, self._filled(derived, np.int64, find)
+
+    def _ratio(self, spec: Ratio, found: Mapping[str, np.ndarray]) -> np.ndarray:
+        scope = self.schema.derived_scope(spec)
+        parts = {d.name: d for d in self.schema.derived if d.name in (spec.numerator, spec.denominator)}
+
+        def read(name: str, rows: slice) -> np.ndarray:
+            is_wide = scope == "candidate" and self.schema.derived_scope(parts[name]) == "context"
+            return found[name][self._requests_of(rows) if is_wide else rows]
+
+        def values(rows: slice) -> np.ndarray:
+            return ratio(spec, read(spec.numerator, rows), read(spec.denominator, rows))
+
+        return self._filled(spec, np.float64, values)
+
+    def _filled(self, derived: Derived, dtype: Any, values: Callable[[slice], np.ndarray]) -> np.ndarray:
+        """A value of all requests, or of all impressions, computed in chunks into a file."""
+        requests = self.joined.requests
+        size = requests.num_requests if self.schema.derived_scope(derived) == "context" else requests.num_rows
+        if size == 0:
+            return np.empty(0, dtype)
+        filled: np.ndarray = np.lib.format.open_memmap(
+            self._folder / f"{derived.name}.npy", mode="w+", dtype=dtype, shape=(size,)
+        )
+        for start in range(0, size, CHUNK):
+            part = slice(start, min(start + CHUNK, size))
+            filled[part] = values(part)
+        return filled
+
+
+def _ranks(columns: pl.DataFrame) -> np.ndarray:
+    """A total order of rows by all of their values: equal only where these are."""
+    order = columns.with_row_index("@row").sort(columns.columns, maintain_order=True)["@row"].to_numpy()
+    ranks = np.empty(len(order), np.int64)
+    ranks[order] = np.arange(len(order))
+    return ranks

@@ -1,0 +1,181 @@
+"""Files that are whole, or not there: every writer of the platform puts its results in place through this module.
+
+A process may be killed, and a machine may lose power, at any moment; what is read afterwards must be the old file or
+the new one. So a *draft* is written under a hidden name beside its place, made durable (:func:`sync`), and only then
+given its name, which POSIX does in one step for files and for folders whose name is free; the change of name is made
+durable last. A folder that is replaced needs two renames (:func:`put_in_place`): a process killed between them leaves
+the name free, and the old folder whole beside it.
+
+::
+
+    write_text, write_json      a whole file at once
+    replacing_file              a file that somebody else's writer writes
+    sync, sync_tree             make what was written durable
+    append_line                 one more line of a log
+    put_in_place                the last step of a folder; the one that it replaces is removed
+    exchange                    the same, and the one that it replaces stays
+    check_can_write             before the work: can the result be written at all?
+    sha256_of                   checksum of a file
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import secrets
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from recsys.errors import ConfigError
+
+__all__ = [
+    "append_line",
+    "check_can_write",
+    "draft_of",
+    "exchange",
+    "put_in_place",
+    "replacing_file",
+    "sha256_of",
+    "sync",
+    "sync_tree",
+    "write_json",
+    "write_text",
+]
+
+
+def draft_of(path: Path) -> Path:
+    """A new hidden name beside a file or folder, ``.tmp-NAME-<12 hexadecimal digits>``, for what takes its place."""
+    return path.with_name(f".tmp-{path.name}-{secrets.token_hex(6)}")
+
+
+def sync(path: str | Path) -> None:
+    """Makes a file's content, or a folder's list of names, durable."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_tree(folder: str | Path, *, files: bool = True) -> None:
+    """Makes a folder and all below it durable.
+
+    Args:
+        files: False where every file is durable already, so that only the names are left.
+    """
+    for path, _, names in os.walk(folder, topdown=False):
+        if files:
+            for name in names:
+                sync(Path(path, name))
+        sync(path)
+
+
+@contextmanager
+def replacing_file(path: str | Path) -> Iterator[Path]:
+    """Yields a hidden path beside ``path``; what the block writes there takes its place, unless the block fails.
+
+    Parents are created. The file gets the permissions that the block's writer gives it.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = draft_of(path)
+    try:
+        yield draft
+        sync(draft)
+        os.replace(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Writes UTF-8 text atomically: a killed process leaves the old file or the new one."""
+    with replacing_file(path) as draft:
+        draft.write_text(text, encoding="utf-8", newline="")
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Writes readable JSON with a final newline, atomically; equal values give equal bytes."""
+    with replacing_file(path) as draft, draft.open("w", encoding="utf-8", newline="") as file:
+        json.dump(value, file, indent=2, ensure_ascii=False)
+        file.write("\n")
+
+
+def append_line(path: str | Path, line: str) -> None:
+    """Adds a line to a UTF-8 text file and makes it durable; a killed process may leave a part of the line."""
+    with Path(path).open("a", encoding="utf-8", newline="") as file:
+        file.write(line + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def put_in_place(draft: Path, folder: Path, *, retired: Path) -> None:
+    """Gives a finished and durable folder its name; one that has the name is removed.
+
+    The old folder is removed only after the new one's name is durable. If the new one cannot be put in place, the old
+    one gets its name back.
+
+    Args:
+        draft: beside ``folder``, on the same disk.
+        retired: a free name beside it, for the old folder meanwhile.
+    """
+    exchange(draft, folder, retired=retired)
+    shutil.rmtree(retired, ignore_errors=True)
+
+
+def exchange(draft: Path, folder: Path, *, retired: Path) -> None:
+    """The same, but one that has the name stays, as ``retired``.
+
+    Args:
+        draft: beside ``folder``, on the same disk.
+        retired: a free name on that disk.
+    """
+    if not folder.exists():
+        draft.rename(folder)
+        sync(folder.parent)
+        return
+    folder.rename(retired)
+    try:
+        draft.rename(folder)
+    except OSError:
+        retired.rename(folder)
+        raise
+    sync(folder.parent)
+
+
+def check_can_write(path: str | Path, *, name: str) -> None:
+    """Refuses a result that could not be written, before the work that leads to it.
+
+    A folder is made and removed again in the nearest folder above ``path`` that exists: permissions, read-only disks
+    and file systems that hold no files of ours all answer the same way.
+
+    Args:
+        path: of a file or folder that is to be written, there or not.
+        name: of the option or setting that gave the path, for the message.
+
+    Raises:
+        ConfigError: nothing can be written there.
+    """
+    path = Path(path)
+    above = path.absolute().parent
+    with suppress(OSError):
+        while not above.exists() and above != above.parent:
+            above = above.parent
+    try:
+        Path(tempfile.mkdtemp(prefix=".tmp-recsys-", dir=above)).rmdir()
+        path.exists()  # a name may be too long, or go through a file
+    except OSError as err:
+        raise ConfigError(
+            f"{name} must be a place that can be written to, got {path}: {above}: {err.strerror}",
+            hint="choose another place, or check the permissions of the folder above it",
+        ) from err
+
+
+def sha256_of(path: str | Path) -> str:
+    """Checksum of a file, in hexadecimal."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
