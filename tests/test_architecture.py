@@ -66,7 +66,7 @@ RULES = {
     "recsys.models": rule(f"{SCHEMA} recsys.embeddings", "torch pydantic"),
     "recsys.models.*": rule(
         f"{SCHEMA} recsys.batch recsys.embedded recsys.embeddings recsys.layers recsys.ops recsys.models.base "
-        "recsys.models.fields",
+        "recsys.models.fields recsys.models.pooled",
         "torch pydantic",
     ),
     "recsys.manifest": rule("recsys.errors"),

@@ -16,6 +16,7 @@ from recsys.models import ModelConfig
 from recsys.schema import Schema
 from training.balancing import BalancingConfig, NoBalancing
 from training.data import ShuffleConfig
+from training.distill import DistillationConfig, OfflineDistillationConfig
 from training.optim import AdagradConfig, DenseAdamConfig, DenseOptimizerConfig, EmbeddingOptimizerConfig
 from training.schedule import ConstantSchedule, ScheduleConfig
 from training.tracking import TrackingConfig
@@ -116,23 +117,45 @@ class ExperimentConfig(Config):
     data: DataConfig
     model: ModelConfig
     training: TrainingConfig = TrainingConfig()
+    distillation: DistillationConfig | None = Field(None, description="what teaches the model; only the model is kept")
     tracking: TrackingConfig = TrackingConfig()
+
+    @model_validator(mode="after")
+    def _check_distillation(self) -> ExperimentConfig:
+        if self.distillation is None:
+            return self
+        if self.training.task_balancing != NoBalancing():
+            raise ValueError(
+                "training.task_balancing must be of kind 'none' where distillation is given: it weighs labels"
+            )
+        if self.training.mini_batch_aware_l2 and self.distillation.mode == "online":
+            raise ValueError(
+                "training.mini_batch_aware_l2 must be 0 where distillation.mode is 'online', "
+                f"got {self.training.mini_batch_aware_l2}: it knows the tables of one model"
+            )
+        return self
 
     def run_fingerprint(self, schema: Schema, training_set: str) -> str:
         """sha256 of everything that decides what a run results in.
 
         Args:
             training_set: its fingerprint.
+
+        Raises:
+            ConfigError: the model is taught by a run that has not finished.
         """
         training = self.training.model_dump(mode="json", exclude=set(_DECIDES_NOTHING))
-        return fingerprint(
-            {
-                "schema": schema.model_dump(mode="json"),
-                "training_set": training_set,
-                "model": self.model.model_dump(mode="json"),
-                "training": training,
-            }
-        )
+        deciding: dict[str, Any] = {
+            "schema": schema.model_dump(mode="json"),
+            "training_set": training_set,
+            "model": self.model.model_dump(mode="json"),
+            "training": training,
+        }
+        if isinstance(self.distillation, OfflineDistillationConfig):
+            deciding["distillation"] = self.distillation.resolved()
+        elif self.distillation is not None:
+            deciding["distillation"] = self.distillation.model_dump(mode="json")
+        return fingerprint(deciding)
 
     def selection_task(self, schema: Schema) -> str:
         """Name of the task whose validation metric chooses the checkpoint."""

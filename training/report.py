@@ -24,7 +24,7 @@ from recsys.metrics import Metrics, auc, reliability_by_quantile
 from training.report_chart import Plot, escape, round_ticks
 from training.report_page import chart, figure, page, short, table, titled
 
-Role = Literal["model", "ceiling", "floor"]
+Role = Literal["model", "teacher", "ceiling", "floor"]
 
 HISTORY_EDGES = (0, 1, 5, 10, 20, 50, 100, 500)
 """First history length of each bucket of :func:`history_buckets`; the last is open."""
@@ -36,7 +36,7 @@ class ScoreRow:
 
     Args:
         name: what gave the scores.
-        role: the model itself, the best that is possible (ceiling), or what needs no learning (floor).
+        role: the model itself, what taught it, the best that is possible (ceiling), or what needs no learning (floor).
         metrics: all over the same rows as the other scorers'; what is undefined is NaN.
     """
 
@@ -262,7 +262,7 @@ def _task_section(task: TaskReport, data: ReportData, *, alone: bool) -> str:
 def _gap_sentence(task: TaskReport) -> str:
     """How far the model got between floor and ceiling; empty when one of the three is missing."""
     by_role = {row.role: row for row in task.scores}
-    if set(by_role) != {"model", "ceiling", "floor"}:
+    if not {"model", "ceiling", "floor"} <= by_role.keys():
         return ""
     model, ceiling, floor = (by_role[role].metrics.auc for role in ("model", "ceiling", "floor"))
     if not ceiling > floor:

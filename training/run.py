@@ -30,6 +30,7 @@ from recsys.models import RankingModel, build_model
 from recsys.schema import Schema
 from recsys.training_set import TrainingSet
 from training.checkpoint import CheckpointStore
+from training.distill import TEACHER, OnlineDistillationConfig, student_state
 from training.experiment import ExperimentConfig
 
 FORMAT_VERSION = 1
@@ -227,7 +228,8 @@ class TrainedRun:
         experiment = validate(ExperimentConfig, config["experiment"], source=source)
         schema = validate(Schema, config["schema"], source=source)
         model = build_model(experiment.model, schema, config["table_sizes"])
-        CheckpointStore(folder.checkpoints).load(summary["best_checkpoint"], {"model": model.state_dict()})
+        state = student_state(experiment, model.state_dict())
+        CheckpointStore(folder.checkpoints).load(summary["best_checkpoint"], {"model": state})
         return cls(
             folder=folder,
             experiment=experiment,
@@ -239,6 +241,24 @@ class TrainedRun:
             model=model.eval(),
             summary=summary,
         )
+
+    def load_teacher(self) -> RankingModel:
+        """The teacher that was trained along, with the weights of the same checkpoint, in evaluation mode, on the CPU.
+
+        Raises:
+            ConfigError: there was none.
+            CheckpointError: the checkpoint is damaged.
+        """
+        config = self.experiment.distillation
+        if not isinstance(config, OnlineDistillationConfig):
+            raise ConfigError(
+                f"the run in {self.folder.path} must have trained a teacher along, but has not",
+                hint="that is what distillation.mode=online does; an offline teacher is a run of its own",
+            )
+        teacher = build_model(config.teacher, self.schema, self.table_sizes)
+        state = {f"{TEACHER}.{name}": tensor for name, tensor in teacher.state_dict().items()}
+        CheckpointStore(self.folder.checkpoints).load(self.summary["best_checkpoint"], {"model": state})
+        return teacher.eval()
 
     def training_set(self) -> TrainingSet:
         """The training set that the run was trained on.
@@ -262,8 +282,8 @@ def _difference(
     wanted = experiment.model_dump(mode="json")
     old = found.get("experiment", {})
     parts = []
-    for part in ("model", "training"):
-        before, now = flatten(old.get(part, {})), flatten(wanted[part])
+    for part in ("model", "training", "distillation"):
+        before, now = flatten(old.get(part) or {}), flatten(wanted[part] or {})
         parts += [f"{part}.{k}" for k in sorted(before.keys() | now.keys()) if before.get(k) != now.get(k)]
     if found.get("schema") != schema.model_dump(mode="json"):
         parts.append("schema")

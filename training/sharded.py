@@ -24,7 +24,6 @@ from torchrec.optim.keyed import CombinedOptimizer
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
 from recsys.layers.activations import Moments
-from recsys.models import RankingModel
 from training.optim import (
     AdamConfig,
     DenseOptimizerConfig,
@@ -58,7 +57,7 @@ class ShardedProcesses:
 
     def prepare(
         self,
-        model: RankingModel,
+        model: nn.Module,
         embedding: EmbeddingOptimizerConfig,
         dense: DenseOptimizerConfig,
     ) -> Prepared:
@@ -100,7 +99,7 @@ class ShardedProcesses:
         return Prepared(parallel, combined, parameters, {}, _held_rows(parallel, weights))
 
     def _replicated(
-        self, model: RankingModel, embedding: AdamConfig | LazyAdamConfig, dense: DenseOptimizerConfig
+        self, model: nn.Module, embedding: AdamConfig | LazyAdamConfig, dense: DenseOptimizerConfig
     ) -> Prepared:
         model.to(self.device)
         of_tables = optimize_tables(

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizer
 
-from recsys.models import RankingModel
 from training.optim import (
     DenseOptimizerConfig,
     EmbeddingOptimizerConfig,
@@ -70,7 +69,7 @@ class Strategy(Protocol):
 
     def prepare(
         self,
-        model: RankingModel,
+        model: nn.Module,
         embedding: EmbeddingOptimizerConfig,
         dense: DenseOptimizerConfig,
     ) -> Prepared:
@@ -108,7 +107,7 @@ class SingleProcess:
 
     def prepare(
         self,
-        model: RankingModel,
+        model: nn.Module,
         embedding: EmbeddingOptimizerConfig,
         dense: DenseOptimizerConfig,
     ) -> Prepared:

@@ -31,7 +31,6 @@ from torchrec.optim.keyed import KeyedOptimizer
 from recsys.errors import CheckpointError, ConfigError, DataError, IntegrityError, TrainingError
 from recsys.files import append_line, write_json
 from recsys.metrics import Metrics
-from recsys.models import build_model
 from recsys.schema import Schema
 from recsys.training_set import TrainingSet
 from training import schedule
@@ -39,12 +38,20 @@ from training.balancing import build_balance
 from training.checkpoint import CheckpointStore, checkpoint_name
 from training.console import TrainingDisplay, quiet_libraries
 from training.data import BatchLoader, LoadedBatch
+from training.distill import (
+    OfflineDistillationConfig,
+    OnlineDistillationConfig,
+    build_training_model,
+    prepare,
+    scoring_teacher,
+)
 from training.evaluate import Predictions, evaluate, plain, predict
 from training.experiment import ExperimentConfig, check_tasks
 from training.memory import keep_freed_memory
 from training.objective import Objective
 from training.optim import clip_gradients, dense_optimizer, rows_of_tables
 from training.regularisation import MiniBatchAwareDecay, add_l2, count_impressions, without_biases
+from training.report import ScoreRow
 from training.run import RunFolder, flatten
 from training.run_report import write_run_report
 from training.schedule import LearningRates
@@ -110,6 +117,8 @@ class TrainResult:
         selected_by: the validation metric, ``task.metric``.
         validation: metrics by task of the best epoch; None where undefined.
         test: metrics by task with the best checkpoint; None if the split is empty.
+        teacher: metrics by split and task of the teacher that was trained along, with the same checkpoint; None where
+            there is none.
         train_rows_per_s: over training steps, without evaluation.
         train_s: seconds in training steps.
         was_finished: the run had finished before this call.
@@ -127,6 +136,7 @@ class TrainResult:
     test: dict[str, dict[str, Any]] | None
     train_rows_per_s: float
     train_s: float
+    teacher: dict[str, dict[str, dict[str, Any]]] | None = None
     was_finished: bool = False
 
     @classmethod
@@ -192,6 +202,7 @@ def train(
         if summary is not None:
             display.say(f"{folder.path} holds this run, finished {summary['finished_at']}: nothing to train")
             return TrainResult.from_summary(folder.path, summary)
+        _prepare_teacher(experiment, schema, training_set, display)
         if workers > 1:
             from training.distributed import train_workers
 
@@ -216,6 +227,16 @@ def open_training_set(experiment: ExperimentConfig, schema: Schema) -> TrainingS
             hint="build it again, or bring back the schema",
         )
     return training_set
+
+
+def _prepare_teacher(
+    experiment: ExperimentConfig, schema: Schema, training_set: TrainingSet, display: TrainingDisplay
+) -> None:
+    if not isinstance(experiment.distillation, OfflineDistillationConfig):
+        return
+    with _threads(experiment.training.num_threads):
+        display.start("scoring with the teacher", training_set.split("train").num_rows)
+        prepare(experiment, schema, training_set, say=display.say, advance=display.advance)
 
 
 def train_rank(
@@ -281,7 +302,8 @@ class Trainer:
         self._store = CheckpointStore(
             folder.checkpoints, rank=strategy.rank, world=strategy.world, barrier=strategy.barrier
         )
-        model = build_model(experiment.model, schema, training_set.encoder.table_sizes)
+        model = build_training_model(experiment, schema, training_set)
+        self._has_teacher = isinstance(experiment.distillation, OnlineDistillationConfig)
         uses, table_rows = model.lookup.uses, {name: len(weight) for name, (weight, _) in rows_of_tables(model).items()}
         self._model, self._optimizer, self._dense, self._tables, rows = strategy.prepare(
             model, self._config.embedding_optimizer, self._config.dense_optimizer
@@ -507,6 +529,8 @@ class Trainer:
         if self._objective.balance is not None:
             names = [task.name for task in self._schema.tasks]
             line["task_balance"] = dict(zip(names, self._objective.balance.current.tolist(), strict=True))
+        if self._has_teacher:
+            line["teacher_validation"] = plain(self._teacher_metrics("validation"))
         self._write_metrics(line)
         self._save()
         self._tell(train_loss, metrics, is_best=is_best)
@@ -521,6 +545,10 @@ class Trainer:
             f"epoch {progress.epoch}: train loss {train_loss:.4f}, validation {self._task} auc {m.auc:.4f} "
             f"gauc {m.gauc:.4f} logloss {m.logloss:.4f}" + (" (best)" if is_best else "")
         )
+
+    def _teacher_metrics(self, split: str) -> dict[str, Metrics]:
+        with scoring_teacher(self._model):
+            return evaluate(self._predict(split))
 
     def _predict(self, split: str) -> Predictions:
         self._display.start(f"scoring {split}", self._training_set.split(split).num_rows)
@@ -543,6 +571,7 @@ class Trainer:
         split = "test" if self._training_set.split("test").num_rows else "validation"
         predictions = self._predict(split)
         metrics = evaluate(predictions)
+        teacher = self._teacher_metrics(split) if self._has_teacher else None
         if self._strategy.rank != 0:
             return
         lines = self._folder.lines()
@@ -558,10 +587,19 @@ class Trainer:
             selected_by=f"{self._task}.{self._config.selection.metric}",
             validation=best["validation"],
             test=plain(metrics) if split == "test" else None,
+            teacher={"validation": best["teacher_validation"], split: plain(teacher)} if teacher else None,
             train_rows_per_s=progress.total_rows / progress.train_s if progress.train_s else 0.0,
             train_s=progress.train_s,
         )
-        write_run_report(self._folder, self._experiment, self._training_set, predictions, split, result.summary())
+        write_run_report(
+            self._folder,
+            self._experiment,
+            self._training_set,
+            predictions,
+            split,
+            result.summary(),
+            others={task: [ScoreRow("teacher", "teacher", m)] for task, m in (teacher or {}).items()},
+        )
         if self._tracker is not None:
             values = _flat_metrics("test", result.test or {})
             self._tracker.log_metrics(values | {"train.rows_per_s": result.train_rows_per_s}, progress.step)

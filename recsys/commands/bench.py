@@ -8,14 +8,16 @@ import typer
 
 from recsys.commands.options import Json
 
-BENCHMARKS = ("build", "derived", "batches", "train", "score", "online")
+BENCHMARKS = ("build", "derived", "batches", "train", "score", "online", "long_histories")
 """What `all` measures; `build-peers` takes long and wants other packages, so it is asked for by name."""
 
 
 def bench(
     name: Annotated[
-        Literal["build", "build-peers", "derived", "batches", "train", "score", "online", "all"],
-        typer.Argument(metavar="build|build-peers|derived|batches|train|score|online|all", help="What to measure."),
+        Literal["build", "build-peers", "derived", "batches", "train", "score", "online", "long_histories", "all"],
+        typer.Argument(
+            metavar="build|build-peers|derived|batches|train|score|online|long_histories|all", help="What to measure."
+        ),
     ],
     as_json: Json = False,
 ) -> None:

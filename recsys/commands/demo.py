@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -43,7 +44,7 @@ def demo(
 
 
 def _show(result: DemoResult) -> None:
-    from recsys.commands.terminal import print_facts, print_metrics, print_table
+    from recsys.commands.terminal import print_facts, print_table
 
     print_table(
         f"One request over HTTP: {result.num_candidates} candidates of user {result.user}, {result.latency_ms:.1f} ms",
@@ -53,14 +54,21 @@ def _show(result: DemoResult) -> None:
             for place, c in enumerate(result.top_candidates)
         ],
     )
-    print_metrics(
+    scorers: list[tuple[str, Mapping[str, Any], int | None, float | None]] = [
+        ("true probabilities (ceiling)", result.metrics("ceiling"), None, None),
+        *((m.name, m.metrics, m.network_parameters, m.scoring_ms) for m in result.models),
+        ("item popularity (floor)", result.metrics("floor"), None, None),
+    ]
+    print_table(
         f"The test period, {result.scorers['model'].num_rows:,} impressions that no stage has learnt from",
-        {
-            "true probabilities (ceiling)": result.metrics("ceiling"),
-            f"{result.model_name} (the model)": result.metrics("model"),
-            "item popularity (floor)": result.metrics("floor"),
-        },
+        ("", "AUC", "GAUC", "logloss", "ECE", "weights", "ms"),
+        [
+            (name, *(values[c] for c in ("auc", "gauc", "logloss", "ece")), size, ms)
+            for name, values, size, ms in scorers
+        ],
     )
+    note = f"The artifact is {result.model_name}'s. Weights: without tables. Milliseconds: the network alone, "
+    print_facts("", {"note": note + f"one thread, a request of {result.num_candidates} candidates."})
     tracked = "not tracked" if result.mlflow is None else f"{result.mlflow[0]}  run {result.mlflow[1]}"
     print_facts(
         "",

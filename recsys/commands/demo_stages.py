@@ -17,6 +17,7 @@ import polars as pl
 from feature_store.build import build_training_set
 from feature_store.datasets.simulator import SimulatorConfig, simulate
 from feature_store.sources import find_files
+from recsys.batch import Batch
 from recsys.commands.configs import shipped_config
 from recsys.commands.demo_service import Service
 from recsys.commands.terminal import counting, stage
@@ -30,16 +31,20 @@ from serving.batch import score_parquet
 from serving.scorer import sigmoid
 from training.baselines import item_popularity, true_probabilities
 from training.console import quiet_libraries
+from training.distill import OnlineDistillationConfig
 from training.evaluate import Predictions, evaluate, predict
 from training.experiment import ExperimentConfig, load_experiment
 from training.export import export_artifact
 from training.report import ScoreRow
 from training.run import RunFolder, TrainedRun
 from training.run_report import write_run_report
+from training.timing import scoring_ms
 from training.tracking import connect, tracked_run
 from training.trainer import train
 
 EXPERIMENT = "experiment/din_simulated.yaml"
+DISTILLED = "experiment/lightsuan_simulated.yaml"
+DISTILLED_EPOCHS = 2  # at most; what the demo is for is seen by then
 NUM_TOP = 5
 
 
@@ -61,12 +66,30 @@ class TopCandidate:
 
 
 @dataclass(frozen=True)
+class Contender:
+    """A model in the demo's table.
+
+    Attributes:
+        name: of the model and its part in the demo.
+        metrics: by name, over the test rows.
+        network_parameters: numbers that it has learnt, without the embedding tables.
+        scoring_ms: of its network, uncompiled, one thread, for the request that is ranked over HTTP; the median.
+    """
+
+    name: str
+    metrics: Mapping[str, Any]
+    network_parameters: int
+    scoring_ms: float
+
+
+@dataclass(frozen=True)
 class DemoResult:
     """What the demo found, and where it is.
 
     Attributes:
         model_name: of the model.
         scorers: metrics of ``model``, ``ceiling`` and ``floor`` over the same test rows.
+        models: the model, a teacher, and the student that it has taught.
         user: key of the user who was ranked for.
         num_candidates: of that request.
         latency_ms: of its answer.
@@ -79,6 +102,7 @@ class DemoResult:
 
     model_name: str
     scorers: Mapping[str, Metrics]
+    models: tuple[Contender, ...]
     user: Any
     num_candidates: int
     latency_ms: float
@@ -136,6 +160,10 @@ def run_demo(root: Path, *, impressions: int, epochs: int) -> DemoResult:
     clock.lap("train")
     predictions, truth, scorers = _evaluate(trained, training_set, root / "views" / "truth.parquet", task)
     clock.lap("evaluate")
+    distilled = _distil(experiment, schema, training_set, root, epochs)
+    clock.lap("distil")
+    models = _contenders(trained, scorers["model"], distilled, training_set, predictions, task)
+    clock.lap("compare")
     _export(trained, training_set, root / "artifact")
     clock.lap("export")
     difference = _score(schema, predictions, task, root)
@@ -145,6 +173,7 @@ def run_demo(root: Path, *, impressions: int, epochs: int) -> DemoResult:
     return DemoResult(
         model_name=experiment.model.kind.upper(),
         scorers=scorers,
+        models=models,
         user=answer.user,
         num_candidates=answer.num_candidates,
         latency_ms=answer.latency_ms,
@@ -195,8 +224,55 @@ def _build(experiment: ExperimentConfig, schema: Schema) -> TrainingSet:
         return TrainingSet.open(experiment.data.training_set)
 
 
+def _distil(first: ExperimentConfig, schema: Schema, training_set: TrainingSet, root: Path, epochs: int) -> TrainedRun:
+    """A student and its teacher, trained together on the same data as the first model."""
+    overrides = [
+        override("data.views", first.data.views),
+        override("data.training_set", first.data.training_set),
+        override("training.epochs", min(epochs, DISTILLED_EPOCHS)),
+    ]
+    experiment, _ = load_experiment(shipped_config(DISTILLED), overrides)
+    return _train(experiment, schema, training_set, RunFolder(root / "distilled_run"))
+
+
+def _name(experiment: ExperimentConfig) -> str:
+    taught = experiment.distillation
+    kind = experiment.model.kind.upper()
+    return (
+        kind if not isinstance(taught, OnlineDistillationConfig) else f"{kind}, taught by {taught.teacher.kind.upper()}"
+    )
+
+
+def _contenders(
+    trained: TrainedRun,
+    metrics: Metrics,
+    distilled: TrainedRun,
+    training_set: TrainingSet,
+    predictions: Predictions,
+    task: str,
+) -> tuple[Contender, ...]:
+    """The three models, timed in turn on the longest of the test requests."""
+    with stage("time the three models") as tell:
+        request = Batch.from_training_set(training_set, "test", np.array([np.argmax(np.bincount(predictions.request))]))
+        teacher = distilled.load_teacher()
+        models = {"first": trained.model, "teacher": teacher, "student": distilled.model}
+        times = scoring_ms(models, request)
+        config = distilled.experiment.distillation
+        assert isinstance(config, OnlineDistillationConfig)
+        tell(f"one request of {request.num_rows} candidates")
+    rows = (
+        ("first", _name(trained.experiment), asdict(metrics)),
+        ("teacher", f"{config.teacher.kind.upper()} (the teacher)", distilled.summary["teacher"]["test"][task]),
+        ("student", _name(distilled.experiment), distilled.summary["test"][task]),
+    )
+    return tuple(
+        Contender(name, values, sum(p.numel() for p in models[part].network.parameters()), times[part])
+        for part, name, values in rows
+    )
+
+
 def _train(experiment: ExperimentConfig, schema: Schema, training_set: TrainingSet, run: RunFolder) -> TrainedRun:
-    with stage(f"train {experiment.model.kind.upper()}", spinner=False) as tell:
+    with stage(f"train {_name(experiment)}", spinner=False) as tell:
         wanted = experiment.run_fingerprint(schema, training_set.fingerprint)
         if (run.path / "config.json").is_file() and run.config()["fingerprint"] != wanted:
             shutil.rmtree(run.path)  # of a demo of another size

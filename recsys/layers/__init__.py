@@ -29,13 +29,25 @@ from recsys.layers.interactions import (
 from recsys.layers.mlp import MLP, JoinedLinear, JoinedMLP
 from recsys.layers.normalisation import RowBatchNorm
 from recsys.layers.rows import FlatRows, ManyRequests, OneRequest, Rows, rows_of
+from recsys.layers.unified_attention import (
+    AlignmentPooling,
+    CausalPattern,
+    LocalDilatedPattern,
+    NormStyle,
+    RMSNorm,
+    SwiGLU,
+    UnifiedAttentionEncoder,
+    variance_scaling_,
+)
 
 __all__ = [
     "ACTIVATIONS",
     "MLP",
     "ActivationName",
     "ActivationUnit",
+    "AlignmentPooling",
     "BilinearFusion",
+    "CausalPattern",
     "CrossNetwork",
     "Dice",
     "Distinct",
@@ -44,12 +56,15 @@ __all__ = [
     "FlatRows",
     "JoinedLinear",
     "JoinedMLP",
+    "LocalDilatedPattern",
     "ManyRequests",
     "MeanPooling",
     "Moments",
+    "NormStyle",
     "OneRequest",
     "PReLU",
     "PairwiseInteraction",
+    "RMSNorm",
     "ReLU",
     "RequestGatedMLP",
     "RowBatchNorm",
@@ -58,8 +73,11 @@ __all__ = [
     "Sigmoid",
     "SoftmaxTargetAttention",
     "StaticGatedMLP",
+    "SwiGLU",
     "TargetAttention",
+    "UnifiedAttentionEncoder",
     "build_activation",
     "masked_moments",
     "rows_of",
+    "variance_scaling_",
 ]

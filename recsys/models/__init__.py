@@ -19,6 +19,7 @@ from recsys.models.infnet import INFNetConfig, build_infnet
 from recsys.models.lr import LRConfig, build_lr
 from recsys.models.mmoe import MMoEConfig, build_mmoe
 from recsys.models.ple import PLEConfig, build_ple
+from recsys.models.suan import LightSUANConfig, SUANConfig, build_lightsuan, build_suan
 from recsys.models.wide_deep import WideDeepConfig, build_wide_deep
 from recsys.schema import Schema
 
@@ -37,6 +38,8 @@ MODELS: dict[type[Config], Builder] = {
     INFNetConfig: build_infnet,
     MMoEConfig: build_mmoe,
     PLEConfig: build_ple,
+    SUANConfig: build_suan,
+    LightSUANConfig: build_lightsuan,
 }
 
 ModelConfig = Annotated[
@@ -51,7 +54,9 @@ ModelConfig = Annotated[
     | DINConfig
     | INFNetConfig
     | MMoEConfig
-    | PLEConfig,
+    | PLEConfig
+    | SUANConfig
+    | LightSUANConfig,
     Field(discriminator="kind"),
 ]
 

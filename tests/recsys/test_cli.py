@@ -146,8 +146,8 @@ def test_an_error_of_the_system_without_a_file_is_a_defect(run: Callable[..., An
 
 def write_manifest(folder: Path) -> None:
     """The manifest of an artifact that holds nothing."""
-    manifest = {"format": "recsys.artifact", "format_version": 1, "name": "din", "schema": {}}
-    manifest |= {"encoder_fingerprint": "", "tables": {}, "programs": {}, "files": {}}
+    manifest = {"format": "recsys.artifact", "format_version": 2, "name": "din", "schema": {}}
+    manifest |= {"encoder_fingerprint": "", "tables": {}, "spaces": [], "programs": {}, "files": {}}
     (folder / "manifest.json").write_text(json.dumps(manifest))
 
 

@@ -115,9 +115,9 @@ def test_resuming_gives_the_rest_without_reading_what_it_skips(
     read = []
     original = Batch.from_training_set
 
-    def counting(opened: TrainingSet, split: str, requests: np.ndarray) -> Batch:
+    def counting(opened: TrainingSet, split: str, requests: np.ndarray, **rest: Any) -> Batch:
         read.append(len(requests))
-        return original(opened, split, requests)
+        return original(opened, split, requests, **rest)
 
     monkeypatch.setattr(Batch, "from_training_set", counting)
     rest = list(loader(training_set, start_batch=10))
@@ -181,7 +181,7 @@ def test_the_thread_runs_no_further_ahead_than_asked() -> None:
 def test_an_error_in_the_thread_comes_out_with_its_traceback(
     training_set: TrainingSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken_read(*_: object) -> Batch:
+    def broken_read(*_: object, **__: object) -> Batch:
         raise OSError("disk on fire")
 
     monkeypatch.setattr(Batch, "from_training_set", broken_read)

@@ -373,7 +373,14 @@ def test_demo_runs_all_stages_and_again_from_what_is_there(tmp_path: Path) -> No
 
     again = invoke(*arguments)
     assert again.exit_code == 0
-    assert again.stderr.count("there already") == 3
+    assert again.stderr.count("there already") == 4
+    assert "LIGHTSUAN, taught by SUAN" in again.stdout
+    names = [m["name"] for m in first["models"]]
+    assert names == ["DIN", "SUAN (the teacher)", "LIGHTSUAN, taught by SUAN"]
+    assert first["models"][0]["metrics"]["auc"] == scorers["model"]["auc"]
+    assert len({m["metrics"]["num_rows"] for m in first["models"]} | {scorers["model"]["num_rows"]}) == 1
+    assert len({m["metrics"]["auc"] for m in first["models"]}) == 3
+    assert first["models"][2]["network_parameters"] < first["models"][1]["network_parameters"]
     assert f"{scorers['model']['auc']:.4f}" in again.stdout
     assert "item popularity (floor)" in again.stdout
 

@@ -28,6 +28,7 @@ from recsys.models.infnet import INFNetConfig
 from recsys.models.lr import LRConfig
 from recsys.models.mmoe import MMoEConfig
 from recsys.models.ple import PLEConfig
+from recsys.models.suan import LightSUANConfig, SUANConfig
 from recsys.models.wide_deep import WideDeepConfig
 from tests.synthetic import TABLE_SIZES, random_batch, schema
 from training.objective import Objective
@@ -79,6 +80,18 @@ CASES: dict[str, Config] = {
     "finalmlp static gates": FinalMLPConfig(
         embedding_dim=5, hidden_1=(16, 8), hidden_2=(12,), dropout_1=0.0, dropout_2=0.0, batch_norm=False, num_heads=2
     ),
+    "suan": SUANConfig(embedding_dim=4, hidden=(16, 8)),
+    "suan code": SUANConfig(
+        embedding_dim=4,
+        width=8,
+        num_layers=1,
+        hidden=(16,),
+        norm_style="code",
+        alignment_pooling="causal",
+        candidate_mapping="slots",
+        bias_per_head=True,
+    ),
+    "lightsuan": LightSUANConfig(embedding_dim=4, hidden=(16, 8), num_layers=1, window=2, dilation=3),
 }
 BASELINES = {"lr", "fm", "dnn", "wide_deep", "deepfm", "dcnv2", "dualmlp", "finalmlp", "finalmlp static gates"}
 SLOW = {"fm", "dnn", "wide_deep", "dcnv2", "dualmlp"}
@@ -146,6 +159,53 @@ STATE_DICT_KEYS: dict[str, list[str]] = {
         ),
     ],
 }
+_UNIFIED_ATTENTION_BLOCK = [
+    "norms.0.weight",
+    "norms.1.weight",
+    "norms.2.weight",
+    "self_attention.query.weight",
+    "self_attention.key.weight",
+    "self_attention.value.weight",
+    "self_attention.output.weight",
+    "profile_attention.query.weight",
+    "profile_attention.key.weight",
+    "profile_attention.value.weight",
+    "profile_attention.output.weight",
+    "alignment.squeeze.weight",
+    "alignment.first.weight",
+    "alignment.second.weight",
+    "feed_forward.gate.weight",
+    "feed_forward.gate.bias",
+    "feed_forward.up.weight",
+    "feed_forward.up.bias",
+    "feed_forward.down.weight",
+    "feed_forward.down.bias",
+]
+STATE_DICT_KEYS["suan"] = [
+    "tokens.0.weight",
+    "tokens.0.bias",
+    "to_event.{history}.weight",
+    "to_event.{history}.bias",
+    "encoders.{history}.positions",
+    "encoders.{history}.hours",
+    "encoders.{history}.of_hour.weight",
+    "encoders.{history}.of_hour.bias",
+    "encoders.{history}.bias.position",
+    "encoders.{history}.bias.time",
+    *(f"encoders.{{history}}.blocks.{layer}.{key}" for layer in range(2) for key in _UNIFIED_ATTENTION_BLOCK),
+    "mlp.first.weight",
+    "mlp.first.bias",
+    "mlp.after_first.activation.alpha",
+    "mlp.after_first.activation.running_mean",
+    "mlp.after_first.activation.running_var",
+    "mlp.rest.linears.0.weight",
+    "mlp.rest.linears.0.bias",
+    "mlp.rest.after.0.activation.alpha",
+    "mlp.rest.after.0.activation.running_mean",
+    "mlp.rest.after.0.activation.running_var",
+    "output.weight",
+    "output.bias",
+]
 TABLE_KEYS = {f"embedding_bags.{table}.weight" for table in TABLE_SIZES}
 
 

@@ -1,0 +1,179 @@
+"""The parts of SUAN's block, each against its formula."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from recsys.errors import ConfigError
+from recsys.layers import CausalPattern, LocalDilatedPattern, RMSNorm, SwiGLU, UnifiedAttentionEncoder
+from recsys.layers.unified_attention import DualAlignment, RelativeBias, Requests, UnifiedAttentionBlock, time_buckets
+from tests.references import suan as reference
+
+
+def requests_of(lengths: list[int], longest: int, rows: list[int]) -> Requests:
+    valid = torch.arange(longest) < torch.tensor(lengths).unsqueeze(1)
+    return Requests(torch.randn(len(lengths), 2, 3), torch.tensor(lengths), valid, torch.tensor(rows))
+
+
+def test_rms_norm_equals_its_formula_and_does_not_see_scale() -> None:
+    norm = RMSNorm(5).double()
+    with torch.no_grad():
+        norm.weight.copy_(torch.randn(5))
+    x = torch.randn(4, 5, dtype=torch.float64)
+    gamma = norm.weight.detach().numpy()
+    for scale in (1.0, 1e-7, 1e6):
+        wanted = [reference.rms_norm(row, gamma) for row in (x * scale).numpy()]
+        np.testing.assert_allclose(norm(x * scale).detach(), wanted, rtol=1e-12)
+    torch.testing.assert_close(norm(x * 1e6), norm(x * 1e9), rtol=1e-10, atol=0)
+
+
+def test_rms_norm_of_a_zero_vector_has_a_finite_gradient() -> None:
+    x = torch.zeros(2, 3, requires_grad=True)
+    out = RMSNorm(3)(x)
+    assert (out == 0).all()
+    out.sum().backward()
+    assert x.grad is not None
+    assert torch.isfinite(x.grad).all()
+
+
+def test_swiglu_equals_its_formula() -> None:
+    layer = SwiGLU(3, 9).double()
+    x = torch.randn(4, 3, dtype=torch.float64)
+    weights = {f"f.{name}": t.numpy() for name, t in layer.state_dict().items()}
+    np.testing.assert_allclose(
+        layer(x).detach(), [reference.swiglu(row, weights, "f") for row in x.numpy()], rtol=1e-12
+    )
+
+
+def test_buckets_of_time_are_a_third_wider_each() -> None:
+    differences = [0, 1, 999_999, 1_000_000, 1_350_000, 1_352_000, 10**9, -(10**9), 10**15, 9 * 10**18]
+    assert time_buckets(torch.tensor(differences)).tolist() == [reference.bucket(d) for d in differences]
+    assert time_buckets(torch.tensor([10**6, 1_352_000])).tolist() == [0, 1]  # e^.301 = 1.3512
+    assert time_buckets(torch.tensor([9 * 10**18])).tolist() == [99]
+
+
+def test_the_bias_of_time_is_symmetric_and_that_of_place_toeplitz() -> None:
+    bias = RelativeBias(7, num_layers=2, num_heads=3)
+    times = torch.randint(0, 10**12, (2, 6))
+    differences = times.unsqueeze(2) - times.unsqueeze(1)
+    offsets = torch.arange(6).unsqueeze(1) - torch.arange(6)
+    everywhere = torch.ones(1, 6, 6, dtype=torch.bool)
+    with torch.no_grad():
+        bias.position.zero_()
+        of_time = bias(offsets.unsqueeze(0), differences, everywhere)
+        assert of_time.shape == (2, 2, 3, 6, 6)
+        torch.testing.assert_close(of_time, of_time.transpose(3, 4), rtol=0, atol=0)
+        bias.time.zero_()
+        bias.position.normal_()
+        of_place = bias(offsets.unsqueeze(0), differences, (offsets >= 0).unsqueeze(0))
+    for i, j in itertools.product(range(6), range(6)):
+        wanted = bias.position[i - j].detach() if i >= j else torch.full((2, 3), -torch.inf)
+        torch.testing.assert_close(of_place[:, 0, :, i, j], wanted)
+
+
+@pytest.mark.parametrize("pooling", ["behaviours", "position", "causal"])
+def test_dual_alignment_chooses_between_its_branches(pooling: str) -> None:
+    layer = DualAlignment(8, pooling)  # type: ignore[arg-type]
+    requests = requests_of([3, 0], 4, [0, 0, 1])
+    x, c = (torch.randn(2, 4, 8), torch.randn(3, 8)), (torch.randn(2, 4, 8), torch.randn(3, 8))
+    same = layer((x[0], x[0]), (x[1], x[1]), requests)
+    torch.testing.assert_close(same[0], x[0])
+    torch.testing.assert_close(same[1], x[1])
+    merged = layer((x[0], c[0]), (x[1], c[1]), requests)
+    for m, a, b in zip(merged, (x[0], x[1]), (c[0], c[1]), strict=True):
+        assert (torch.minimum(a, b) - 1e-6 <= m).all()
+        assert (m <= torch.maximum(a, b) + 1e-6).all()
+    swapped = DualAlignment(8, pooling)  # type: ignore[arg-type]
+    swapped.load_state_dict(
+        {
+            n: layer.state_dict()[{"first.weight": "second.weight", "second.weight": "first.weight"}.get(n, n)]
+            for n in layer.state_dict()
+        }
+    )
+    torch.testing.assert_close(swapped((c[0], x[0]), (c[1], x[1]), requests)[0], merged[0])  # alpha + beta = 1
+
+
+def encoder(pattern: CausalPattern | LocalDilatedPattern, **options: object) -> UnifiedAttentionEncoder:
+    torch.manual_seed(0)
+    settings: dict[str, object] = {"max_length": 9, "num_layers": 2, "num_heads": 2, "hidden": 12, **options}
+    return UnifiedAttentionEncoder(4, 3, pattern=pattern, **settings).double()  # type: ignore[arg-type]
+
+
+def run(layer: UnifiedAttentionEncoder, lengths: list[int], longest: int) -> tuple[Tensor, list[Tensor]]:
+    generator = torch.Generator().manual_seed(1)
+    events = torch.randn(len(lengths), 9, 4, generator=generator, dtype=torch.float64)[:, :longest].requires_grad_()
+    profile = torch.randn(len(lengths), 2, 3, generator=generator, dtype=torch.float64)
+    candidates = torch.randn(3, 4, generator=generator, dtype=torch.float64).requires_grad_()
+    times = torch.randint(0, 10**12, (len(lengths), 9), generator=generator)[:, :longest].sort(1).values
+    rows = torch.tensor([0, 0, 1])
+    out = layer(events, times, torch.tensor(lengths), profile, torch.full((2,), 2 * 10**12), candidates, rows)
+    return out, [events, candidates]
+
+
+@pytest.mark.parametrize("pattern", ["dense", "sparse"])
+def test_gradients_stay_within_a_request_and_out_of_padding(pattern: str) -> None:
+    layer = encoder(CausalPattern() if pattern == "dense" else LocalDilatedPattern(2, 3, max_length=9))
+    out, (events, candidates) = run(layer, [6, 2], 9)
+    of_events, of_candidates = torch.autograd.grad(out[2].sum(), [events, candidates])
+    assert (of_events[1, :2] != 0).any(1).all()
+    assert (of_events[0] == 0).all()
+    assert (of_events[1, 2:] == 0).all()
+    assert (of_candidates[:2] == 0).all()
+    assert (of_candidates[2] != 0).all()
+
+
+def test_gradients_of_the_sparse_encoder_are_right() -> None:
+    layer = encoder(LocalDilatedPattern(2, 3, max_length=9), num_layers=2)
+
+    def function(events: Tensor, candidates: Tensor) -> Tensor:
+        times = torch.tensor([[0, 10**7, 10**8, 10**9, 10**10]])
+        return layer(
+            events,
+            times,
+            torch.tensor([4]),
+            torch.ones(1, 2, 3).double(),
+            times[:, -1],
+            candidates,
+            torch.zeros(2).long(),
+        )
+
+    generator = torch.Generator().manual_seed(2)
+    events = torch.randn(1, 5, 4, generator=generator, dtype=torch.float64, requires_grad=True)
+    candidates = torch.randn(2, 4, generator=generator, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(function, (events, candidates))
+
+
+def test_layers_and_heads_may_have_biases_of_their_own() -> None:
+    shared, own = encoder(CausalPattern()), encoder(CausalPattern(), is_bias_per_head=True, is_bias_per_layer=True)
+    assert shared.bias.position.shape == (10, 1, 1)
+    assert own.bias.position.shape == (10, 2, 2)
+    state = shared.state_dict()
+    for name in ("bias.position", "bias.time"):
+        state[name] = state[name].expand(-1, 2, 2).clone()
+    own.load_state_dict(state)
+    torch.testing.assert_close(run(own, [6, 2], 9)[0], run(shared, [6, 2], 9)[0])
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: encoder(CausalPattern(), num_heads=3), "width must be a multiple of num_heads, got 4 and 3"),
+        (lambda: encoder(CausalPattern(), num_layers=0), "num_layers must be at least 1, got 0"),
+        (lambda: LocalDilatedPattern(0, 2, max_length=5), "window and dilation must be at least 1, got 0 and 2"),
+    ],
+)
+def test_broken_arguments_are_named(build: object, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        build()  # type: ignore[operator]
+
+
+def test_a_block_has_the_parameters_of_the_source() -> None:
+    """28,800 with a profile as wide as an event, 26,240 with tokens of 8: the sizes of the released configs."""
+    count = lambda block: sum(p.numel() for p in block.parameters())  # noqa: E731
+    assert count(UnifiedAttentionBlock(40, 40, 2, hidden=120, pattern=CausalPattern())) == 28_800
+    assert count(UnifiedAttentionBlock(40, 8, 2, hidden=120, pattern=CausalPattern())) == 26_240

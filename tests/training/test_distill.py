@@ -1,0 +1,349 @@
+"""The three terms, who gets which gradient, and what is left of the teacher at the end: its metrics."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from recsys.artifact import Artifact
+from recsys.config import validate
+from recsys.errors import ConfigError, DataError, IntegrityError
+from recsys.losses import binary_cross_entropy
+from recsys.models import build_model
+from recsys.training_set import TrainingSet
+from tests.synthetic import TABLE_SIZES, random_batch, schema
+from tests.training.conftest import MakeExperiment
+from tests.training.test_trainer import Crash, checkpoint_tensors, result_of, same_checkpoints
+from tests.training_sets import build_synthetic
+from training.checkpoint import CheckpointStore
+from training.distill import (
+    Distillation,
+    OnlineDistillation,
+    OnlineDistillationConfig,
+    TeacherLogits,
+    distillation_loss,
+    scoring_teacher,
+)
+from training.evaluate import predict
+from training.experiment import ExperimentConfig
+from training.export import export_artifact
+from training.objective import Objective
+from training.run import TrainedRun
+from training.trainer import Trainer, train
+
+TEACHER = {"kind": "suan", "embedding_dim": 4, "hidden": [8], "num_layers": 1}
+STUDENT = {"kind": "lightsuan", "embedding_dim": 4, "hidden": [6], "num_layers": 1, "window": 2, "dilation": 2}
+
+
+def taught_by(experiment: ExperimentConfig, **distillation: Any) -> ExperimentConfig:
+    values = experiment.model_dump(mode="json") | {"distillation": distillation}
+    return validate(ExperimentConfig, values, source="taught")
+
+
+def online(make_experiment: MakeExperiment, **training: Any) -> ExperimentConfig:
+    """A DIN taught by a SUAN."""
+    return taught_by(make_experiment(**training), mode="online", teacher=TEACHER, temperature=2.0, weight=0.5)
+
+
+def pair(config: OnlineDistillationConfig) -> OnlineDistillation:
+    torch.manual_seed(0)
+    experiment = {"kind": "din", "embedding_dim": 4, "hidden": [8], "attention_hidden": [4]}
+    student = validate(ExperimentConfig, minimal(experiment), source="x").model
+    built = [build_model(c, schema(), TABLE_SIZES) for c in (student, config.teacher)]
+    with torch.no_grad():
+        for model in built:
+            for table in model.lookup.parameters():
+                table.normal_(std=0.5)
+    return OnlineDistillation(*built, config).train()
+
+
+def minimal(model: dict[str, Any]) -> dict[str, Any]:
+    split = {"train_end": 1, "validation_end": 2, "test_end": 3}
+    return {
+        "name": "x",
+        "schema_file": "x",
+        "data": {"views": "x", "training_set": "x", "split": split},
+        "model": model,
+    }
+
+
+def config_of(**changes: Any) -> OnlineDistillationConfig:
+    return validate(OnlineDistillationConfig, {"mode": "online", "teacher": TEACHER, **changes}, source="c")
+
+
+def test_the_third_term_equals_its_formula() -> None:
+    student = torch.tensor([[0.3, -1.2], [2.0, 0.5], [4.0, 1.0]], dtype=torch.float64)
+    teacher = torch.tensor([[1.0, 0.4], [-2.0, 3.0], [9.0, 9.0]], dtype=torch.float64)
+    labels = torch.tensor([[1.0, 0.0], [0.0, torch.nan], [torch.nan, torch.nan]])
+    t = 3.0
+    sigma = lambda x: 1 / (1 + np.exp(-x))  # noqa: E731
+    term = lambda s, z: -(sigma(z / t) * np.log(sigma(s / t)) + (1 - sigma(z / t)) * np.log(1 - sigma(s / t)))  # noqa: E731
+    wanted = [t * t * (term(0.3, 1.0) + term(2.0, -2.0)), t * t * term(-1.2, 0.4)]
+    got = distillation_loss(student, teacher, labels, temperature=t)
+    np.testing.assert_allclose(got.numpy(), wanted, rtol=1e-12)
+
+
+def test_the_squared_temperature_keeps_the_size_of_the_gradient() -> None:
+    teacher = torch.tensor([[0.1]], dtype=torch.float64)
+    sizes = []
+    for temperature in (1.0, 2.0, 8.0):
+        student = torch.tensor([[-0.1]], dtype=torch.float64, requires_grad=True)
+        distillation_loss(student, teacher, torch.ones(1, 1), temperature=temperature).sum().backward()
+        assert student.grad is not None
+        sizes.append(student.grad.item())
+    assert sizes == pytest.approx([sizes[0] * t for t in (1, 2 / 2, 8 / 8)], rel=0.01)
+
+
+def test_the_third_term_does_not_touch_the_teacher() -> None:
+    model, batch = pair(config_of(weight=5.0)), random_batch(6, seed=1)
+    output = model(batch)
+    assert set(output.losses) == {"teacher", "distillation"}
+    output.losses["distillation"].sum().backward(retain_graph=True)
+    assert all(p.grad is None or (p.grad == 0).all() for p in model.teacher.parameters())
+    assert any((p.grad != 0).any() for p in model.student.parameters() if p.grad is not None)
+    model.zero_grad(set_to_none=True)
+    output.losses["teacher"].sum().backward()
+    assert all(p.grad is None or (p.grad == 0).all() for p in model.student.parameters())
+    assert any((p.grad != 0).any() for p in model.teacher.parameters() if p.grad is not None)
+
+
+def test_the_objective_is_the_sum_of_the_three_terms() -> None:
+    config = config_of(weight=0.7, temperature=4.0)
+    model, batch = pair(config), random_batch(6, seed=2)
+    assert batch.labels is not None
+    batch.labels[0, 1] = torch.nan
+    weights = torch.tensor([1.0, 0.25])
+    loss = Objective(schema(), {"like": 0.25})(model(batch), batch.labels, batch.num_rows)
+    student, teacher = model.student(batch), model.teacher(batch)
+    terms = [binary_cross_entropy(z, batch.labels).total for z in (student, teacher)]
+    terms.append(0.7 * distillation_loss(student, teacher, batch.labels, temperature=4.0))
+    torch.testing.assert_close(loss, sum((t * weights).sum() for t in terms) / batch.num_rows, rtol=1e-5, atol=1e-6)
+
+
+def test_rows_without_labels_teach_nothing() -> None:
+    model, batch = pair(config_of()), random_batch(3, seed=3)
+    assert batch.labels is not None
+    batch.labels.fill_(torch.nan)
+    Objective(schema(), {})(model(batch), batch.labels, batch.num_rows).backward()
+    assert all(p.grad is None or (p.grad == 0).all() for p in model.parameters())
+
+
+def test_evaluation_is_the_student_unless_the_teacher_is_asked() -> None:
+    model, batch = pair(config_of()).eval(), random_batch(3, seed=4)
+    assert torch.equal(model(batch), model.student(batch))
+    with scoring_teacher(model):
+        assert torch.equal(model(batch), model.teacher(batch))
+    assert torch.equal(model(batch), model.student(batch))
+
+
+def test_the_teacher_becomes_what_it_would_have_become_alone(make_experiment: MakeExperiment, run_dir: Path) -> None:
+    """Up to its first weights: the student draws its own before it."""
+    settings: dict[str, Any] = {"epochs": 1, "selection": {"patience": None}}
+    result = train(online(make_experiment, **settings), schema(), run_dir / "online", progress=False)
+    assert result.teacher is not None
+    assert set(result.teacher) == {"validation", "test"}
+    assert set(result.teacher["test"]) == {"click", "like"}
+    assert result.test is not None
+    assert result.teacher["test"]["click"]["auc"] != result.test["click"]["auc"]
+    weightless = taught_by(make_experiment(**settings), mode="online", teacher=TEACHER, weight=0.0)
+    other = train(weightless, schema(), run_dir / "weightless", progress=False)
+    assert other.teacher == result.teacher
+    alone = train(make_experiment(**settings), schema(), run_dir / "alone", progress=False)
+    assert other.test == alone.test != result.test
+    assert "teacher" in (run_dir / "online" / "report.html").read_text()
+    lines = [json.loads(line) for line in (run_dir / "online" / "metrics.jsonl").read_text().splitlines()]
+    assert next(x for x in lines if x["kind"] == "epoch")["teacher_validation"] == result.teacher["validation"]
+
+
+def test_the_student_alone_is_exported(
+    make_experiment: MakeExperiment, training_set: TrainingSet, run_dir: Path, tmp_path: Path
+) -> None:
+    train(online(make_experiment, epochs=1), schema(), run_dir, progress=False)
+    trained = TrainedRun.load(run_dir)
+    assert not any(isinstance(m, Distillation) for m in trained.model.modules())
+    export_artifact(trained.model, training_set, tmp_path / "artifact", name="s", compile=False)
+    artifact = Artifact.open(tmp_path / "artifact")
+    assert set(artifact.manifest["tables"]) == set(training_set.encoder.table_sizes)
+    stored = checkpoint_tensors(run_dir, CheckpointStore(run_dir / "checkpoints").latest or "")
+    assert any(name.startswith("/model/teacher.") for name in stored)
+    best = checkpoint_tensors(run_dir, trained.summary["best_checkpoint"])
+    for name, tensor in trained.model.state_dict().items():
+        assert torch.equal(best[f"/model/student.{name}"], tensor), name
+
+
+@pytest.fixture
+def crash_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    original = Trainer._step
+
+    def crash_at(step: int) -> None:
+        def crashing(self: Trainer, loaded: Any) -> None:
+            if self._progress.step == step:
+                raise Crash
+            original(self, loaded)
+
+        monkeypatch.setattr(Trainer, "_step", crashing)
+
+    return crash_at
+
+
+@pytest.mark.parametrize("mode", ["online", pytest.param("offline", marks=pytest.mark.slow)])
+def test_a_resumed_run_ends_with_the_bits_of_an_uninterrupted_one(
+    mode: str,
+    make_experiment: MakeExperiment,
+    run_dir: Path,
+    crash_at: Callable[[int], None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    settings: dict[str, Any] = {
+        "epochs": 1,
+        "log_every_steps": 4,
+        "checkpoint_every_s": 1e-9,
+        "model": {"dropout": 0.3},
+    }
+    if mode == "online":
+        experiment = online(make_experiment, **settings)
+    else:
+        train(make_experiment(epochs=1), schema(), run_dir / "teacher", progress=False)
+        experiment = taught_by(make_experiment(**settings), mode="offline", teacher=str(run_dir / "teacher"))
+    expected = train(experiment, schema(), run_dir / "whole", progress=False)
+    crash_at(11)
+    with pytest.raises(Crash):
+        train(experiment, schema(), run_dir / "broken", progress=False)
+    monkeypatch.undo()
+    assert CheckpointStore(run_dir / "broken" / "checkpoints").latest is not None
+    found = train(experiment, schema(), run_dir / "broken", progress=False)
+    assert result_of(found) == result_of(expected)
+    same_checkpoints(run_dir / "whole", run_dir / "broken")
+
+
+@pytest.fixture(scope="module")
+def teacher_run(make_experiment: MakeExperiment, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("teacher") / "run"
+    train(make_experiment(epochs=1), schema(), folder, progress=False)
+    return folder
+
+
+def offline(make_experiment: MakeExperiment, teacher: Path, **training: Any) -> ExperimentConfig:
+    experiment = make_experiment(epochs=1, **training)
+    values = experiment.model_dump(mode="json") | {"model": STUDENT}
+    return taught_by(validate(ExperimentConfig, values, source="s"), mode="offline", teacher=str(teacher))
+
+
+def test_logits_of_a_frozen_teacher_are_computed_once_and_kept(
+    make_experiment: MakeExperiment,
+    teacher_run: Path,
+    training_set: TrainingSet,
+    run_dir: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    experiment = offline(make_experiment, teacher_run)
+    first = train(experiment, schema(), run_dir / "a", progress=False)
+    assert first.teacher is None
+    logits = TeacherLogits.open(teacher_run, training_set)
+    teacher = TrainedRun.load(teacher_run)
+    wanted = predict(teacher.model, training_set, "train")
+    np.testing.assert_array_equal(logits.of_rows(wanted.source_row), wanted.logits)
+    assert (np.diff(logits.source_rows) > 0).all()
+    monkeypatch.setattr(TrainedRun, "load", None)  # a second student does not even load the teacher
+    second = train(experiment, schema(), run_dir / "b", progress=False)
+    monkeypatch.undo()
+    assert result_of(first) == result_of(second)
+    values = experiment.model_dump(mode="json") | {"distillation": None}
+    alone = train(validate(ExperimentConfig, values, source="s"), schema(), run_dir / "c", progress=False)
+    assert alone.test != first.test
+
+
+def test_damaged_logits_are_not_believed(
+    make_experiment: MakeExperiment, teacher_run: Path, training_set: TrainingSet, run_dir: Path, tmp_path: Path
+) -> None:
+    experiment = offline(make_experiment, teacher_run)
+    train(experiment, schema(), run_dir / "a", progress=False)
+    (file,) = (teacher_run / "distillation").glob("*.npy")
+    sound = file.read_bytes()
+    try:
+        file.write_bytes(sound[:-1] + bytes([sound[-1] ^ 1]))
+        with pytest.raises(IntegrityError, match="is missing, or was changed after it was written"):
+            train(experiment, schema(), run_dir / "b", progress=False)
+    finally:
+        file.write_bytes(sound)
+    with pytest.raises(IntegrityError, match=r"has none for row 1000000 of the\s+impressions view"):
+        TeacherLogits.open(teacher_run, training_set).of_rows(np.array([1_000_000]))
+    assert not list((teacher_run / "distillation").glob(".tmp-*"))
+
+
+def test_another_teacher_is_another_run(
+    make_experiment: MakeExperiment, teacher_run: Path, training_set: TrainingSet, tmp_path: Path
+) -> None:
+    experiment = offline(make_experiment, teacher_run)
+    other = tmp_path / "other"
+    train(make_experiment(epochs=1, seed=5), schema(), other, progress=False)
+    moved = tmp_path / "moved"
+    shutil.copytree(teacher_run, moved)
+    fingerprint = lambda e: e.run_fingerprint(schema(), training_set.fingerprint)  # noqa: E731
+    assert fingerprint(experiment) == fingerprint(offline(make_experiment, moved))
+    assert fingerprint(experiment) != fingerprint(offline(make_experiment, other))
+    plain = validate(ExperimentConfig, experiment.model_dump(mode="json", exclude={"distillation"}), source="plain")
+    assert fingerprint(plain) != fingerprint(experiment)
+
+
+def test_a_teacher_of_other_impressions_is_refused(
+    make_experiment: MakeExperiment, training_set: TrainingSet, tmp_path: Path
+) -> None:
+    stranger = build_synthetic(tmp_path / "stranger", num_requests=300, seed=9)
+    experiment = make_experiment(epochs=1)
+    values = experiment.model_dump(mode="json")
+    values["data"] |= {"views": str(tmp_path / "stranger" / "views"), "training_set": str(stranger.folder)}
+    train(validate(ExperimentConfig, values, source="s"), schema(), tmp_path / "teacher", progress=False)
+    with pytest.raises(DataError, match=r"must have been trained on the student's impressions, but .* unknown to it"):
+        train(offline(make_experiment, tmp_path / "teacher"), schema(), tmp_path / "student", progress=False)
+
+
+def test_a_teacher_that_is_no_finished_run_is_refused(make_experiment: MakeExperiment, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"distillation\.teacher must be the folder of a finished run"):
+        train(offline(make_experiment, tmp_path / "none"), schema(), tmp_path / "student", progress=False)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"mode": "later"}, "distillation"),
+        ({"mode": "online", "teacher": {"kind": "dinn"}}, r"distillation\.online\.teacher|distillation\.teacher"),
+        ({"mode": "online", "teacher": TEACHER, "temperature": 0.0}, "temperature: must be greater than 0"),
+        ({"mode": "offline", "teacher": "x", "weight": -1.0}, "weight: must be greater than or equal to 0"),
+    ],
+)
+def test_a_broken_config_names_its_field(changes: dict[str, Any], message: str) -> None:
+    values = minimal({"kind": "din"}) | {"distillation": changes}
+    with pytest.raises(ConfigError, match=message):
+        validate(ExperimentConfig, values, source="config")
+
+
+def test_a_student_learns_from_its_teacher_what_labels_do_not_tell_it() -> None:
+    """Few noisy labels on many inputs: the teacher's probabilities, which are the truth, are worth more."""
+    torch.manual_seed(0)
+    width, rows = 20, 150
+    truth = torch.randn(width) * 0.8
+    x, test = torch.randn(rows, width), torch.randn(4000, width)
+    labels = (torch.rand(rows, 1) < torch.sigmoid(x @ truth).unsqueeze(1)).float()
+
+    def error_after(weight: float) -> float:
+        student = torch.nn.Linear(width, 1, bias=False)
+        optimizer = torch.optim.Adam(student.parameters(), lr=0.05)
+        for _ in range(300):
+            optimizer.zero_grad()
+            logits = student(x)
+            taught: Tensor = distillation_loss(logits, (x @ truth).unsqueeze(1), labels, temperature=2.0).sum()
+            (binary_cross_entropy(logits, labels).total.sum() + weight * taught).backward()
+            optimizer.step()
+        with torch.no_grad():
+            return float((torch.sigmoid(student(test)).squeeze(1) - torch.sigmoid(test @ truth)).square().mean())
+
+    assert error_after(4.0) < 0.5 * error_after(0.0)
