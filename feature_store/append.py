@@ -35,6 +35,7 @@ from typing import Any
 
 import numpy as np
 
+from feature_store.appended import entry
 from feature_store.build import BuildSummary, DataConfig, describe_files, inputs_of, manifest_of
 from feature_store.event_log import stable_order
 from feature_store.fit import fit_encoder
@@ -343,7 +344,8 @@ class _Append:
         for view, source in views.sources.items():
             source_rows[view] = source.num_rows + (source_rows[view] if view in _LOGS else 0)
         manifest = manifest_of(self.schema, self.data, encoder, summary, self.inputs, files, source_rows)
-        appended = {"part": part, "at": datetime.now(UTC).isoformat(timespec="seconds")}
+        at = datetime.now(UTC).isoformat(timespec="seconds")
+        appended = entry(self.old, part, at, self.new_files, max(self._last_times(), default=0))
         write_json(
             self.folder / "manifest.json",
             {**manifest, "pieces": pieces, "appends": [*self.old.manifest.get("appends", []), appended]},

@@ -429,6 +429,7 @@ def open_source(
     staging: Path,
     declared: FormatSpec | None = None,
     is_wanted: Callable[[Located], bool] = lambda _: True,
+    last: Sequence[str] = (),
 ) -> Source:
     """Finds a view's files and checks their columns.
 
@@ -440,12 +441,15 @@ def open_source(
         staging: folder for files that are fetched or that have to be read once as a whole.
         declared: format of the files; by their names if None.
         is_wanted: which of the files to read; at least one.
+        last: files, as their identities name them, that come after the others, in this order.
 
     Raises:
         SourceError: no file, a file that cannot be read, a missing column, or one of the wrong type; all columns of a
             file at once.
     """
     located = [f for f in locate(view, root, pattern, declared, cache=staging / "fetched") if is_wanted(f)]
+    rank = {name: number for number, name in enumerate(last)}
+    located.sort(key=lambda found: rank.get(str(found.identity["file"]), -1))
     names = list(dict.fromkeys(u.column for u in uses))
     files, opened = _open_all(view, located, declared, names, staging)
     partitions = _partitions(files, opened, names)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -65,6 +65,7 @@ class Views:
         staging: folder for files that are fetched or that have to be read once as a whole.
         max_quarantined_fraction: of the rows of a view.
         only: the files to read of each view, as their identities name them; views that are not named stay closed.
+        last: files of views that come after the others, in this order, named likewise.
 
     Attributes:
         sources: by name; only the views that are read.
@@ -84,6 +85,7 @@ class Views:
         staging: Path,
         max_quarantined_fraction: float,
         only: Mapping[str, Container[str]] | None = None,
+        last: Mapping[str, Sequence[str]] | None = None,
     ) -> None:
         self.schema = schema
         self.staging = staging
@@ -98,6 +100,7 @@ class Views:
                 staging=staging,
                 declared=view_format(schema, view),
                 is_wanted=lambda f, view=view: only is None or f.identity["file"] in only[view],  # type: ignore[misc]
+                last=(last or {}).get(view, ()),
             )
             for view, path in view_paths(schema).items()
             if only is None or view in only

@@ -1,5 +1,11 @@
 from __future__ import annotations
 
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +16,17 @@ import pytest
 
 from feature_store.append import append_to_training_set, prune_versions
 from feature_store.build import DataConfig, build_training_set
+from feature_store.leaks import check_leaks
 from feature_store.workspace import exclusive, versions_of
 from recsys.batch import Batch
 from recsys.config import validate
 from recsys.errors import ConfigError, SourceError
 from recsys.schema import Schema
-from recsys.training_set import SPLITS, TrainingSet
+from recsys.training_set import SPLITS, TrainingSet, open_table, write_table
 from tests.feature_store import derived_views
 from tests.feature_store.small_views import DAY, START, impressions_of, make_schema, make_views, schema_mapping
 
+ROOT = Path(__file__).parents[2]
 LAST_DAYS = (8, 9)
 """Appended one by one to what was built of the days before."""
 
@@ -232,3 +240,126 @@ def test_derived_values_are_refused_with_what_to_do(tmp_path: Path) -> None:
         append_to_training_set(derived_views.schema(), settings(tmp_path, "set"))
     assert error.value.hint is not None
     assert "recsys build CONFIG --force" in error.value.hint
+
+
+@pytest.mark.parametrize("max_age_hours", [None, 60.0])
+def test_the_leak_detector_knows_what_was_there_at_each_append(tmp_path: Path, max_age_hours: float | None) -> None:
+    histories = [{**h, "max_length": 3, "max_age_hours": max_age_hours} for h in schema_mapping()["histories"]]
+    features = [*schema_mapping()["features"], {"name": "colour", "kind": "categorical", "scope": "candidate"}]
+    histories[0]["event_features"] = [
+        *histories[0]["event_features"],
+        {"name": "source", "kind": "categorical", "scope": "event"},
+    ]
+    schema = make_schema(histories=histories, features=features)
+    views = make_views(num_requests=120, num_events=900)
+    day = (pl.col("time") - START) // DAY
+    for log, column in (("impressions", "colour"), ("events", "source")):  # a new value a day, and one that is old
+        views[log] = views[log].with_columns(
+            pl.when(pl.int_range(pl.len()) % 2 == 0).then(pl.lit("old")).otherwise(day.cast(pl.String)).alias(column)
+        )
+    write_days(tmp_path / "views", views, range(8))
+    build_training_set(schema, settings(tmp_path, "set"))
+    # Names that come before all others, and events that come late: rows built before know nothing of them.
+    views["events"].filter(day == 2).write_parquet(tmp_path / "views" / "events.parquet" / "a-late.parquet")
+    split = {"train_end": 9, "validation_end": 10, "test_end": 11}
+    for number in LAST_DAYS:
+        write_days(tmp_path / "views", views, range(number, number + 1))
+        for log in ("impressions", "events"):
+            folder = tmp_path / "views" / f"{log}.parquet"
+            (folder / f"day-{number}.parquet").rename(folder / f"at-{number}.parquet")
+        append_to_training_set(schema, settings(tmp_path, "set", **split))
+    training_set = TrainingSet.open(tmp_path / "set", verify=True)
+    assert [a["files"]["events"] for a in training_set.manifest["appends"]] == [
+        ["events.parquet/a-late.parquet", "events.parquet/at-8.parquet"],
+        ["events.parquet/at-9.parquet"],
+    ]
+    sizes = [a["table_sizes"] for a in training_set.manifest["appends"]] + [training_set.encoder.table_sizes]
+    assert sizes[0]["colour"] < sizes[1]["colour"] <= sizes[2]["colour"]
+    report = check_leaks(settings(tmp_path, "set", **split), num_rows=10_000)
+    assert report.rows_recomputed == sum(training_set.manifest["rows"].values()) == views["impressions"].height
+    assert (report.differences, report.late) == ((), ())
+    # What an append must not have known is found: its last event is one of another moment.
+    requests = training_set.folder / "parts" / "00001" / "requests.arrow"
+    table = open_table(requests)
+    end = table.array("@end.seen")
+    changed = {**table.columns, "@end.seen": end - (end > table.array("@start.seen") + 3)}
+    requests.unlink()
+    write_table(requests, changed)
+    found = check_leaks(settings(tmp_path, "set", **split), num_rows=10_000).differences
+    assert found
+    assert {d.place.split(":")[0] for d in found} == {"history seen"}
+    assert {d.split for d in found} == {"train"}
+
+
+FOREVER = """
+import itertools
+import sys
+from pathlib import Path
+import polars as pl
+from feature_store.append import append_to_training_set
+from tests.feature_store.small_views import DAY
+from tests.feature_store.test_append import settings, small
+folder = Path(sys.argv[1])
+for number in itertools.count(int(sys.argv[2])):
+    for log in ("events", "impressions"):
+        rows = pl.read_parquet(folder / f"{log}.parquet").with_columns(pl.col("time") + 10 * number * DAY)
+        if log == "impressions":
+            rows = rows.with_columns(pl.col("request") + number * 10_000)
+        place = folder / "views" / f"{log}.parquet"
+        rows.write_parquet(place / f".{number}")
+        (place / f".{number}").rename(place / f"more-{number:06d}.parquet")
+    append_to_training_set(small(), settings(folder, "set", test_end=20_000))
+    print(number, flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_appends_that_are_killed_at_random_moments_leave_whole_sets(tmp_path: Path) -> None:
+    """Whatever is there after a SIGKILL is the set before an append or after it, and so are the older versions."""
+    views, data = make_views(num_requests=300, num_events=2_000), settings(tmp_path, "set", test_end=20_000)
+    write_days(tmp_path / "views", views, range(10))
+    for log in ("impressions", "events"):
+        views[log].with_columns(pl.col("time") + 10 * DAY).write_parquet(tmp_path / f"{log}.parquet")
+    build_training_set(small(), data)
+    num_rows = views["impressions"].height
+    rng, left_behind, was_interrupted = random.Random(0), 0, 0
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    appends = 0
+    for _ in range(8):
+        files = len(list((tmp_path / "views" / "impressions.parquet").glob("more-*")))
+        process = subprocess.Popen(
+            [sys.executable, "-c", FOREVER, str(tmp_path), str(files)],
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert process.stdout is not None
+        assert process.stdout.readline() == f"{files}\n"
+        time.sleep(rng.uniform(0.0, 0.4))
+        process.send_signal(signal.SIGKILL)
+        said = process.stdout.read().split()
+        assert process.wait() == -signal.SIGKILL
+        process.stdout.close()
+        left_behind += len(list(tmp_path.glob("set.tmp-*")))
+        with exclusive(tmp_path / "set"):  # what the next command does first
+            assert not list(tmp_path.glob("set.tmp-*"))
+        training_set = TrainingSet.open(tmp_path / "set", verify=True)
+        manifest = training_set.manifest
+        done = (sum(manifest["rows"].values()) - num_rows) // num_rows
+        assert sum(manifest["rows"].values()) == (1 + done) * num_rows, "an append is whole or not there"
+        last_said = int(said[-1]) if said else files
+        assert done in (last_said + 1, last_said + 2)
+        assert len(training_set.split("test").impressions.array("@item_row")) == manifest["rows"]["test"]
+        versions = versions_of(tmp_path / "set")
+        assert [sum(TrainingSet.open(v, verify=True).manifest["rows"].values()) for v in versions[-2:]] == sorted(
+            {sum(TrainingSet.open(v).manifest["rows"].values()) for v in versions[-2:]}
+        )
+        if len(list((tmp_path / "views" / "impressions.parquet").glob("more-*"))) > done:
+            was_interrupted += 1
+            append_to_training_set(small(), data)
+        appends = len(TrainingSet.open(tmp_path / "set").manifest["appends"])
+    assert left_behind > 0, "no kill fell into an append: the test has shown nothing"
+    assert was_interrupted > 0
+    assert len(versions_of(tmp_path / "set")) == appends
+    assert check_leaks(data, num_rows=200).differences == ()

@@ -51,6 +51,7 @@ def test_tasks_in_turn_give_the_files_of_the_local_build(tmp_path: Path, monkeyp
     assert spread.quarantined == local.quarantined == {"events": {"time is negative": 5}}
 
 
+@pytest.mark.slow
 def test_tasks_give_derived_values_and_refuse_the_wrong_unit_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
