@@ -21,7 +21,7 @@ from __future__ import annotations
 import os
 import shutil
 import time as clock
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -34,7 +34,7 @@ from pydantic import Field
 
 from feature_store.files import is_address, locate
 from feature_store.fit import fit_encoder
-from feature_store.joined import Joined
+from feature_store.joined import EventWork, Joined
 from feature_store.split import SplitConfig, microseconds
 from feature_store.tables import write_tables
 from feature_store.views import Views, view_format, view_paths
@@ -48,7 +48,7 @@ from recsys.training_set import FORMAT, FORMAT_VERSION, TrainingSet
 
 __all__ = ["BuildSummary", "DataConfig", "SplitConfig", "build_training_set"]
 
-BUILD_VERSION = 1
+BUILD_VERSION = 2
 """Raised when the same inputs give another training set, so that finished ones are built again."""
 
 
@@ -133,7 +133,12 @@ class BuildSummary:
 
 
 def build_training_set(
-    schema: Schema, data: DataConfig, *, progress: bool = False, force: bool = False
+    schema: Schema,
+    data: DataConfig,
+    *,
+    progress: bool = False,
+    force: bool = False,
+    work: EventWork | None = None,
 ) -> BuildSummary:
     """Builds the training set of a schema, or finds it built already.
 
@@ -146,6 +151,7 @@ def build_training_set(
         data: where it is.
         progress: whether to show a progress bar on stderr.
         force: build even if nothing changed.
+        work: who looks through the events and sorts them; this process if not given. The result is the same.
 
     Raises:
         ConfigError: the result's folder cannot be written.
@@ -158,18 +164,18 @@ def build_training_set(
     folder = Path(data.training_set).resolve()
     check_can_write(folder, name="data.training_set")
     with _stages(progress, _num_stages(schema)) as stage, exclusive(folder):
-        inputs = _inputs(schema, data)
+        inputs = inputs_of(schema, data)
         if not force:
             finished = _finished(data.training_set, inputs)
             if finished is not None:
                 stage("Up to date")
                 return finished
         with replacing(folder) as temporary:
-            summary = _build(schema, data, temporary, inputs, stage)
+            summary = _build(schema, data, temporary, inputs, stage, work)
     return summary
 
 
-def _inputs(schema: Schema, data: DataConfig) -> dict[str, Any]:
+def inputs_of(schema: Schema, data: DataConfig) -> dict[str, Any]:
     """Everything that decides what is built."""
     files = [
         dict(located.identity)
@@ -201,7 +207,12 @@ def _finished(training_set: str, inputs: Mapping[str, Any]) -> BuildSummary | No
 
 
 def _build(
-    schema: Schema, data: DataConfig, folder: Path, inputs: Mapping[str, Any], stage: Callable[[str], None]
+    schema: Schema,
+    data: DataConfig,
+    folder: Path,
+    inputs: Mapping[str, Any],
+    stage: Callable[[str], None],
+    work: EventWork | None,
 ) -> BuildSummary:
     """Builds into an empty folder; the manifest comes last."""
     began = clock.perf_counter()
@@ -209,7 +220,7 @@ def _build(
     staging = folder / ".staging"
     limit = data.max_quarantined_fraction
     views = Views(schema, data.views_root, staging=staging, max_quarantined_fraction=limit)
-    joined = Joined.join(views, stage)
+    joined = Joined.join(views, stage, work=work)
     splits = data.split.slices(joined.requests.time)
     _check_train(joined, splits["train"])
     encoder = fit_encoder(joined, splits["train"], train_end=microseconds(data.split.train_end), stage=stage)
@@ -219,7 +230,7 @@ def _build(
         quarantine.write(folder / "quarantine")
     shutil.rmtree(staging, ignore_errors=True)
     stage("Computing checksums")
-    files = _files(folder)
+    files = describe_files(folder)
     rows = {name: joined.rows_of(part) for name, part in splits.items()}
     num_rows = {name: part.stop - part.start for name, part in rows.items()}
     summary = BuildSummary(
@@ -240,17 +251,19 @@ def _build(
         notes=views.notes,
         time_spans={log: list(times) for log, times in joined.time_spans.items()},
     )
-    write_json(folder / "manifest.json", _manifest(schema, data, encoder, summary, inputs, files))
+    source_rows = {view: source.num_rows for view, source in views.sources.items()}
+    write_json(folder / "manifest.json", manifest_of(schema, data, encoder, summary, inputs, files, source_rows))
     return summary
 
 
-def _manifest(
+def manifest_of(
     schema: Schema,
     data: DataConfig,
     encoder: Encoder,
     summary: BuildSummary,
     inputs: Mapping[str, Any],
     files: Mapping[str, Any],
+    source_rows: Mapping[str, int],
 ) -> dict[str, Any]:
     return {
         "format": FORMAT,
@@ -268,6 +281,7 @@ def _manifest(
         "inputs": inputs,
         "summary": summary.to_dict(),
         "files": files,
+        "source_rows": source_rows,
     }
 
 
@@ -284,9 +298,14 @@ def _check_train(joined: Joined, train: slice) -> None:
     )
 
 
-def _files(folder: Path) -> dict[str, dict[str, Any]]:
-    """Size, checksum and, of tables, rows of every file; makes those durable that were not."""
-    paths = sorted(p for p in folder.rglob("*") if p.is_file())
+def describe_files(folder: Path, but: Container[str] = ()) -> dict[str, dict[str, Any]]:
+    """Size, checksum and, of tables, rows of every file; makes those durable that were not.
+
+    Args:
+        folder: of the set.
+        but: files that are described already.
+    """
+    paths = sorted(p for p in folder.rglob("*") if p.is_file() and p.relative_to(folder).as_posix() not in but)
 
     def describe(path: Path) -> dict[str, Any]:
         sync(path)

@@ -2,7 +2,8 @@
 
 Rows of a log are sorted once for all values of the same groups; each value is two binary searches a look-up
 (:mod:`recsys.windows`), chunk by chunk, into a file of the staging folder. So memory holds the log and the value at
-work, not all values of all impressions.
+work, not all values of all impressions. It grows with the rows of the log, and of the views of versions, unlike that of
+a schema without derived values, whose events are looked at shard by shard (:mod:`feature_store.event_shards`).
 """
 
 from __future__ import annotations

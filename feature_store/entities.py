@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -40,6 +40,8 @@ class Entities:
         key_column: str,
         in_view: tuple[pl.Series, np.ndarray] | None,
         in_logs: Sequence[pl.Series],
+        *,
+        order: Callable[[pl.Series], pl.Series] = pl.Series.sort,
     ) -> Self:
         """Joins the keys of the view and of the logs.
 
@@ -48,11 +50,12 @@ class Entities:
             key_column: column of the key in the view, or in the impressions where there is no view.
             in_view: the view's keys, each once, and their rows.
             in_logs: keys of impressions and of events, repeated as they come.
+            order: puts different keys in the order of the table.
         """
         parts = [series.unique().rename("key") for series in in_logs]
         if in_view is not None:
             parts.append(in_view[0].rename("key"))
-        keys = pl.concat(parts).unique().sort()
+        keys = order(pl.concat(parts).unique())
         index = KeyIndex(to_arrow(keys))
         view_row = np.full(len(keys), -1, dtype=np.int64)
         if in_view is not None:

@@ -30,7 +30,7 @@ def fit_encoder(joined: Joined, train: slice, *, train_end: int, stage: Callable
     fitter = EncoderFitter(joined.schema)
 
     def update(feature: Feature, column: pa.Array[Any], weights: np.ndarray | None = None) -> None:
-        if column.null_count == len(column):
+        if 0 < len(column) == column.null_count:
             _note_empty(joined, feature)
         fitter.update(feature.name, column, weights)
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Self
+from functools import partial
+from typing import Any, Protocol, Self
 
 import numpy as np
 import polars as pl
@@ -12,14 +13,55 @@ import pyarrow as pa
 
 from feature_store.derived import compute_derived
 from feature_store.entities import Entities
+from feature_store.event_checks import EventChecks
 from feature_store.event_log import EventLog
+from feature_store.event_shards import (
+    DistinctKeys,
+    EventBlock,
+    EventShards,
+    in_shard_order,
+    runs_of_rows,
+    shard_bounds,
+    shard_of_keys,
+)
 from feature_store.point_in_time import Requests
 from feature_store.sources import feature_use, to_arrow
-from feature_store.time_spans import check_overlap, check_unit, span
+from feature_store.time_spans import check_unit, span
 from feature_store.views import Views
 from recsys.derived import AsOf, Derived
-from recsys.errors import SourceError, nearest
+from recsys.encoding import KeyIndex
+from recsys.errors import SourceError
 from recsys.schema import Feature, History, Schema
+from recsys.training_set import Table
+
+
+class EventWork(Protocol):
+    """Who looks through the events and sorts them."""
+
+    def scan(self, views: Views) -> Happened:
+        """Checks every event, finds the keys."""
+
+    def logs(
+        self, views: Views, happened: Happened, users: Entities, items: Entities, checks: EventChecks
+    ) -> tuple[dict[str, EventLog], int]:
+        """The event log of each history, and how many events are in none.
+
+        Every valid event is counted by ``checks``, which are run before the events are sorted.
+        """
+
+
+class LocalEvents:
+    """Does it in this process, shard by shard."""
+
+    def scan(self, views: Views) -> Happened:
+        """See :class:`EventWork`."""
+        return Happened.scan(views)
+
+    def logs(
+        self, views: Views, happened: Happened, users: Entities, items: Entities, checks: EventChecks
+    ) -> tuple[dict[str, EventLog], int]:
+        """See :class:`EventWork`."""
+        return _event_logs(views, happened, users, items, checks)
 
 
 @dataclass(frozen=True)
@@ -54,12 +96,23 @@ class Joined:
     derived: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     @classmethod
-    def join(cls, views: Views, stage: Callable[[str], None]) -> Self:
+    def join(
+        cls,
+        views: Views,
+        stage: Callable[[str], None],
+        *,
+        known: Mapping[str, Table] | None = None,
+        not_before: int | None = None,
+        work: EventWork | None = None,
+    ) -> Self:
         """Checks every row, numbers the entities, groups the impressions, sorts the events.
 
         Args:
             views: the opened views.
             stage: called with the name of each stage as it begins.
+            known: tables of users and of items, by scope, whose rows keep their places; new ones come after them.
+            not_before: UTC microseconds; earlier impressions are set aside.
+            work: who looks through the events; this process if not given.
 
         Raises:
             QuarantineError: too many rows of a view are broken.
@@ -68,19 +121,29 @@ class Joined:
         """
         stage("Checking impressions")
         shown = views.valid_rows("impressions")
+        if not_before is not None:
+            is_late = views.time("impressions")[shown] < not_before
+            views.quarantine("impressions", "earlier than what was built before", shown[is_late])
+            shown = shown[~is_late]
         stage("Checking events")
-        happened = views.valid_rows("events") if "events" in views.sources else None
+        work = work or LocalEvents()
+        happened = work.scan(views) if "events" in views.sources else None
         stage("Joining users")
-        users = _entities(views, "user", shown, happened)
+        users = _entities(views, "user", shown, happened, known)
         stage("Joining items")
-        items = _entities(views, "item", shown, happened)
+        items = _entities(views, "item", shown, happened, known)
         stage("Grouping impressions")
         user_row = users.rows_of(views.keys("impressions", "user").gather(shown))
         item_row = items.rows_of(views.keys("impressions", "item").gather(shown))
         requests = _requests(views, shown, user_row, item_row)
         views.notes += check_unit(requests.time, views.time_column("impressions"))
         stage("Sorting events")
-        logs, num_unused, spans = _event_logs(views, happened, users, items, requests)
+        checks = EventChecks(views, _first_and_last(requests), is_whole=known is None)
+        if happened is None:
+            logs, num_unused = _no_logs(views, users)
+        else:
+            logs, num_unused = work.logs(views, happened, users, items, checks)
+        shown_span = span(requests.time)
         joined = cls(
             views=views,
             users=users,
@@ -91,12 +154,13 @@ class Joined:
             user_row=user_row[requests.order[requests.row_start]],
             logs=logs,
             num_unused_events=num_unused,
-            time_spans=spans,
+            time_spans=checks.spans if shown_span is None else {"impressions": shown_span, **checks.spans},
         )
         if not views.schema.derived:
             return joined
         stage("Computing derived values")
-        return replace(joined, derived=compute_derived(joined, happened))
+        rows = None if happened is None else np.flatnonzero(happened.is_valid)
+        return replace(joined, derived=compute_derived(joined, rows))
 
     @property
     def schema(self) -> Schema:
@@ -149,20 +213,92 @@ class Joined:
         return slice(int(offsets[requests.start]), int(offsets[requests.stop]))
 
 
-def _entities(views: Views, scope: str, shown: np.ndarray, happened: np.ndarray | None) -> Entities:
+@dataclass(frozen=True)
+class Happened:
+    """What a first look at the events finds.
+
+    Attributes:
+        is_valid: ``(num_rows,)`` bool, the rows of the view without a problem.
+        keys: the different keys of their users and of their items, by scope.
+    """
+
+    is_valid: np.ndarray
+    keys: Mapping[str, pl.Series]
+
+    @classmethod
+    def scan(cls, views: Views) -> Self:
+        """Reads the events once, block by block."""
+        distinct = {scope: DistinctKeys() for scope in ("user", "item")}
+        columns = {scope: views.key_expression("events", scope) for scope in distinct}
+        is_valid = np.empty(views.sources["events"].num_rows, dtype=bool)
+        num_rows = 0
+        for valid, block in views.checked_blocks("events", columns):
+            is_valid[num_rows : num_rows + len(valid)] = valid
+            num_rows += len(valid)
+            block = block if valid.all() else block.filter(valid)
+            for scope, found in distinct.items():
+                found.add(block[scope])
+        return cls(is_valid, {scope: found.result() for scope, found in distinct.items()})
+
+    def blocks(self, views: Views) -> Iterator[tuple[np.ndarray, pl.DataFrame]]:
+        """Source rows of the valid events, and the columns of :func:`event_columns`; some at a time."""
+        num_rows = 0
+        for block in views.sources["events"].blocks(event_columns(views)):
+            is_valid = self.is_valid[num_rows : num_rows + block.height]
+            source_row = np.arange(num_rows, num_rows + block.height)
+            num_rows += block.height
+            yield (source_row, block) if is_valid.all() else (source_row[is_valid], block.filter(is_valid))
+
+
+def _entities(
+    views: Views,
+    scope: str,
+    shown: np.ndarray,
+    happened: Happened | None,
+    known: Mapping[str, Table] | None,
+) -> Entities:
     """The users, or the items, of their view and of the valid rows of the logs."""
+    order = in_shard_order if scope == "user" else pl.Series.sort
+    if known is not None:
+        first = known[scope].keys
+        assert first is not None
+        order = partial(_behind, pl.Series(first[1:]), order)
     logs = [views.keys("impressions", scope).gather(shown)]
     if happened is not None:
-        logs.append(views.keys("events", scope).gather(happened))
+        logs.append(happened.keys[scope])
     view = f"{scope}s"
     if view not in views.sources:
-        return Entities.join(None, views.key_column("impressions", scope), None, logs)
+        return Entities.join(None, views.key_column("impressions", scope), None, logs, order=order)
     rows = views.valid_rows(view)
     keys = views.keys(view, scope).gather(rows)
     is_first = keys.is_first_distinct()
     column = views.key_column(view, scope)
     views.quarantine(view, f"{column} repeats that of an earlier row", rows[~is_first.to_numpy()])
-    return Entities.join(views.sources[view], column, (keys.filter(is_first), rows[is_first.to_numpy()]), logs)
+    return Entities.join(
+        views.sources[view], column, (keys.filter(is_first), rows[is_first.to_numpy()]), logs, order=order
+    )
+
+
+def _behind(known: pl.Series, order: Callable[[pl.Series], pl.Series], keys: pl.Series) -> pl.Series:
+    """Known keys as they are, then those that are new, in their own order."""
+    if keys.dtype != known.dtype:
+        raise SourceError(
+            f"keys must be of the type that the set was built with, {known.dtype}, got {keys.dtype}",
+            hint="write the keys with one type in every file",
+        )
+    return pl.concat([known, order(keys.filter(~keys.is_in(known.implode())))])
+
+
+def _first_and_last(requests: Requests) -> tuple[int, int] | None:
+    """Time of the first request and of the last; they are sorted by time."""
+    return (int(requests.time[0]), int(requests.time[-1])) if requests.num_requests else None
+
+
+def _no_logs(views: Views, users: Entities) -> tuple[dict[str, EventLog], int]:
+    """Empty logs, of a schema with histories whose events are not read."""
+    nothing = np.empty(0, dtype=np.int64)
+    log = EventLog(nothing, nothing, nothing, np.zeros(users.num_rows + 1, dtype=np.int64))
+    return {history.name: log for history in views.schema.histories}, 0
 
 
 def _requests(views: Views, shown: np.ndarray, user_row: np.ndarray, item_row: np.ndarray) -> Requests:
@@ -185,80 +321,72 @@ def _requests(views: Views, shown: np.ndarray, user_row: np.ndarray, item_row: n
 
 
 def _event_logs(
-    views: Views, happened: np.ndarray | None, users: Entities, items: Entities, requests: Requests
-) -> tuple[dict[str, EventLog], int, dict[str, tuple[str, str]]]:
-    """The event log of each history, how many events are in none, and the time spans of everything."""
-    shown = span(requests.time)
-    spans = {} if shown is None else {"impressions": shown}
-    if happened is None:
-        return {}, 0, spans
-    everything = EventLog.build(
-        happened,
-        users.rows_of(views.keys("events", "user").gather(happened)),
-        items.rows_of(views.keys("events", "item").gather(happened)),
-        views.time("events")[happened],
-        num_users=users.num_rows,
+    views: Views, happened: Happened, users: Entities, items: Entities, checks: EventChecks
+) -> tuple[dict[str, EventLog], int]:
+    """The event log of each history, and how many events are in none."""
+    histories = views.schema.histories
+    shards = EventShards(
+        user_bounds(users),
+        num_items=items.num_rows,
+        num_events=len(happened.is_valid),
+        num_histories=len(histories),
+        folder=views.staging / "shards",
     )
-    types = views.event_types()
-    types = None if types is None else types.gather(everything.source_row)
-    _check_times(views, everything, types, requests, spans)
-    is_used = np.zeros(everything.num_events, dtype=bool)
-    logs = {}
-    for history in views.schema.histories:
-        if history.event_types is None or types is None:
-            logs[history.name] = everything
-            is_used[:] = True
-        else:
-            is_chosen = types.is_in(list(history.event_types)).fill_null(False)
-            _check_types(views, history, types, is_chosen)
-            logs[history.name] = everything.filtered(is_chosen.to_numpy())
-            is_used |= is_chosen.to_numpy()
-    return logs, int(np.count_nonzero(~is_used)), spans
+    num_unused = 0
+    for source_row, block in happened.blocks(views):
+        checks.see(block)
+        found = numbered(source_row, block, users.index, items.index, histories)
+        shards.add(found)
+        num_unused += block.height - found.num_events
+    checks.run()
+    return dict(zip([h.name for h in histories], shards.logs(), strict=True)), num_unused
 
 
-def _check_times(
-    views: Views, events: EventLog, types: pl.Series | None, requests: Requests, spans: dict[str, tuple[str, str]]
-) -> None:
-    """Refuses events whose times cannot be meant; adds the span of each type, and notes what is odd."""
-    column = views.time_column("events")
-    views.notes += check_unit(events.time, column)
-    if requests.num_requests:
-        first, last = (int(requests.time[place]) for place in (0, -1))
-        found, notes = check_overlap(events.time, types, (first, last), column)
-        spans.update(found)
-        views.notes += notes
+def numbered(
+    source_row: np.ndarray, block: pl.DataFrame, users: KeyIndex, items: KeyIndex, histories: Sequence[History]
+) -> EventBlock:
+    """The events of a block that some history holds, by rows of users and items.
 
-
-def _check_types(views: Views, history: History, types: pl.Series, is_chosen: pl.Series) -> None:
-    """Names the types of a history that never occur.
-
-    That is an error if none occurs, or if one occurs written otherwise (in case, spaces, ``-`` and ``_``): it cannot
-    be meant. Else it is a note: a sample may lack a type that is rare.
+    Args:
+        source_row: ``(n,)`` int64.
+        block: the columns of :func:`event_columns`.
+        users: their keys, in the order of their table.
+        items: their keys, in the order of their table.
+        histories: of the schema.
     """
-    assert history.event_types is not None
-    present = types.drop_nulls().unique().to_list()
-    absent = sorted(set(history.event_types) - set(present))
-    written = {_letters(name): name for name in present}
-    for name in absent:
-        if _letters(name) in written:
-            raise SourceError(
-                f"{views.sources['events'].place}: history {history.name!r} must name event types as they are "
-                f"written, got {name!r}",
-                hint=f"did you mean {written[_letters(name)]!r}?",
-            )
-    if len(types) == 0 or is_chosen.any():
-        views.notes += [
-            f"history {history.name!r}: there is no event of type {name!r} ({nearest(name, present)})"
-            for name in absent
-        ]
-        return
-    raise SourceError(
-        f"{views.sources['events'].place}: history {history.name!r} must find events of type "
-        f"{', '.join(history.event_types)}, got none",
-        hint=nearest(history.event_types[0], present),
+    is_of_type = {name: block[f"is {name}"].to_numpy() for name in _named_types(histories)}
+    member = np.zeros(block.height, dtype=np.uint64)
+    for bit, history in enumerate(histories):
+        if history.event_types is None:
+            member |= np.uint64(1 << bit)
+        for name in history.event_types or ():
+            member |= is_of_type[name].astype(np.uint64) << np.uint64(bit)
+    user_row, item_row = (
+        index.positions(to_arrow(block[scope])) + 1 for scope, index in (("user", users), ("item", items))
     )
+    found = EventBlock(source_row, user_row, item_row, block["time"].to_numpy(), member)
+    is_used = member > 0
+    return found if is_used.all() else EventBlock(*(column[is_used] for column in found.columns))
 
 
-def _letters(name: str) -> str:
-    """What two spellings of an event type share."""
-    return "".join(name.casefold().replace("-", " ").replace("_", " ").split())
+def event_columns(views: Views) -> dict[str, pl.Expr]:
+    """Keys, times and types of the events, and for each type that histories name whether they are of it."""
+    columns = {scope: views.key_expression("events", scope) for scope in ("user", "item")}
+    columns["time"] = views.time_expression("events")
+    types = views.event_type_expression()
+    if types is not None:
+        columns["type"] = types
+        columns |= {f"is {n}": (types == n).fill_null(False) for n in _named_types(views.schema.histories)}
+    return columns
+
+
+def user_bounds(users: Entities) -> np.ndarray:
+    """The first user row of each shard. Users that an append added lie behind the others: any runs of rows will do."""
+    keys = users.index.keys
+    is_in_order = len(keys) == 0 or bool((np.diff(shard_of_keys(keys).astype(np.int64)) >= 0).all())
+    return shard_bounds(keys) + 1 if is_in_order else runs_of_rows(users.num_rows)
+
+
+def _named_types(histories: Sequence[History]) -> tuple[str, ...]:
+    """The event types that histories name, each once."""
+    return tuple(dict.fromkeys(name for h in histories for name in h.event_types or ()))

@@ -95,7 +95,9 @@ class Requests:
         return type(self)(order, np.cumsum(kept) - kept, self.time[~dropped])
 
 
-def history_slices(log: EventLog, user_row: np.ndarray, time: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def history_slices(
+    log: EventLog, user_row: np.ndarray, time: np.ndarray, *, max_age: int | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """The events of each request's user strictly before the request.
 
     An event at the same microsecond is left out: it may be the request's own effect.
@@ -104,13 +106,15 @@ def history_slices(log: EventLog, user_row: np.ndarray, time: np.ndarray) -> tup
         log: the history's event log.
         user_row: ``(R,)`` int64.
         time: ``(R,)`` int64, UTC microseconds, in any order.
+        max_age: microseconds; events older than that at the request are left out. Any age if not given.
 
     Returns:
         ``(start, end)``, ``(R,)`` int64 each: the slice ``[start, end)`` of the log. ``start`` is the user's first
-        event; how many of the newest are read is up to the reader.
+        event that is not too old; how many of the newest are read is up to the reader.
     """
     start = log.starts(user_row)
-    return start, first_not_before(log.time, start, log.stops(user_row), time)
+    end = first_not_before(log.time, start, log.stops(user_row), time)
+    return start if max_age is None else first_not_before(log.time, start, end, time - max_age), end
 
 
 def first_not_before(times: np.ndarray, start: np.ndarray, stop: np.ndarray, time: np.ndarray) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from recsys.errors import QuarantineError
 from recsys.training_set import SOURCE_ROW
 
 REASON = "@reason"
+_CODE = "@code"
 
 
 class Quarantine:
@@ -92,21 +94,36 @@ class Quarantine:
         return path
 
 
-def first_problems(source: Source, quarantine: Quarantine, problems: list[tuple[str, pl.Expr]]) -> np.ndarray:
-    """Sets aside the rows that have one of some problems.
+def code_of(problems: list[tuple[str, pl.Expr]]) -> pl.Expr:
+    """The number of the first problem of a row, from 1; 0 if it has none."""
+    found = [pl.when(is_broken).then(pl.lit(code, pl.UInt16)) for code, (_, is_broken) in enumerate(problems, start=1)]
+    return pl.coalesce(*found, pl.lit(0, pl.UInt16))
+
+
+def checked_blocks(
+    source: Source, quarantine: Quarantine, problems: list[tuple[str, pl.Expr]], columns: Mapping[str, pl.Expr]
+) -> Iterator[tuple[np.ndarray, pl.DataFrame]]:
+    """Reads columns block by block and, at the end, sets aside the rows that have one of some problems.
 
     Args:
+        source: the view.
+        quarantine: its broken rows.
         problems: reasons, and expressions that are true where a row is broken; the first that holds counts.
+        columns: what to read, by name.
 
-    Returns:
-        ``(num_rows,)`` bool: the rows that have none.
+    Yields:
+        ``(n,)`` bool, the rows of the block that have no problem, and the columns of all of its rows.
     """
-    if not problems:
-        return np.ones(source.num_rows, dtype=bool)
-    found = [pl.when(is_broken).then(pl.lit(code, pl.UInt16)) for code, (_, is_broken) in enumerate(problems, start=1)]
-    codes = source.read({"code": pl.coalesce(*found, pl.lit(0, pl.UInt16))})["code"].to_numpy()
-    if codes.any():
-        for code, (reason, _) in enumerate(problems, start=1):
-            quarantine.add(reason, np.flatnonzero(codes == code))
-    has_none: np.ndarray = codes == 0
-    return has_none
+    wanted = {**columns, _CODE: code_of(problems)}
+    broken: dict[int, list[np.ndarray]] = {}
+    num_rows = 0
+    for block in source.blocks(wanted):
+        codes = block[_CODE].to_numpy()
+        if codes.any():
+            for code in np.unique(codes[codes > 0]).tolist():
+                broken.setdefault(code, []).append(num_rows + np.flatnonzero(codes == code))
+        num_rows += block.height
+        yield codes == 0, block.drop(_CODE)
+    for code, (reason, _) in enumerate(problems, start=1):
+        if code in broken:
+            quarantine.add(reason, np.concatenate(broken[code]))

@@ -4,11 +4,15 @@ Nothing of the build is used but the reading of single columns and the encoder: 
 binary search. For each sampled impression, all valid rows of the views are looked through for its request, its user,
 its item and its events; what is found is encoded and compared with what is stored, number by number.
 
+Of a set that was appended to, each row is compared with what was there when it was written, and the history of an
+appended row with the newest events that a batch reads (:mod:`feature_store.append`).
+
 The order of events is checked on every request, not on a sample: none may be at or after its request.
 """
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -19,6 +23,7 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 
+from feature_store.appended import Appends
 from feature_store.build import DataConfig
 from feature_store.recompute_derived import DerivedTruth
 from feature_store.sources import to_arrow
@@ -126,6 +131,7 @@ def recompute_rows(
             data.views_root,
             staging=Path(staging),
             max_quarantined_fraction=data.max_quarantined_fraction,
+            last=Appends.of(training_set).files,
         )
         truth = _Truth(training_set, views, chosen)
         differences = [d for split, rows in chosen for d in truth.compare(split, rows)]
@@ -146,6 +152,8 @@ class _Truth:
         sources = np.concatenate([split.impressions.array(SOURCE_ROW)[rows] for split, rows in chosen])
         self._place = {int(row): place for place, row in enumerate(sources)}
         self._sources = sources
+        self._appends = Appends.of(training_set)
+        self._generations = self._appends.generations("impressions", sources).tolist()
         self._users = views.keys("impressions", "user").gather(sources).to_list()
         self._items = views.keys("impressions", "item").gather(sources).to_list()
         self._own_time = views.time("impressions")[sources].tolist()
@@ -167,14 +175,15 @@ class _Truth:
         keys = self.views.request_keys()
         if keys is None:
             return list(self._own_time)
-        wanted = keys.gather(self._sources).to_list()
+        wanted = list(zip(self._generations, keys.gather(self._sources).to_list(), strict=True))
         valid = self._valid_rows("impressions")
+        generations = self._appends.generations("impressions", valid).tolist()
         keys_of_valid, times = keys.gather(valid).to_list(), self.views.time("impressions")[valid].tolist()
-        earliest: dict[Any, int] = dict.fromkeys(wanted, 2**63 - 1)
-        for key, time in zip(keys_of_valid, times, strict=True):
-            if key in earliest:
-                earliest[key] = min(earliest[key], time)
-        return [earliest[key] for key in wanted]
+        earliest: dict[tuple[int, Any], int] = dict.fromkeys(wanted, 2**63 - 1)
+        for generation, key, time in zip(generations, keys_of_valid, times, strict=True):
+            if (generation, key) in earliest and time >= self._appends.begin(generation):
+                earliest[generation, key] = min(earliest[generation, key], time)
+        return [earliest[request] for request in wanted]
 
     def _first_rows(self, view: str, scope: str, wanted: list[Any]) -> list[int | None]:
         """The first valid row of each entity in its view, None without one."""
@@ -223,8 +232,9 @@ class _Truth:
             "time": self.views.time("events")[rows].tolist(),
             "type": [None] * len(rows) if types is None else types.gather(rows).to_list(),
         }
+        generations = self._appends.generations("events", rows).tolist()
         for place, values in enumerate(zip(*columns.values(), strict=True)):
-            event = dict(zip(columns, values, strict=True)) | {"place": place}
+            event = dict(zip(columns, values, strict=True)) | {"place": place, "generation": generations[place]}
             events[event["user"]].append(event)
         return events
 
@@ -242,9 +252,12 @@ class _Truth:
             values[feature.name] = self.training_set.encoder.encode(feature.name, raw)
         return values
 
-    def _history(self, history: History, user: Any, time: int) -> list[dict[str, Any]]:
+    def _history(self, history: History, user: Any, time: int, generation: int) -> list[dict[str, Any]]:
         types = history.event_types
-        before = [e for e in self._events[user] if e["time"] < time and (types is None or e["type"] in types)]
+        oldest = -math.inf if history.max_age_us is None else time - history.max_age_us
+        of_type = [e for e in self._events[user] if types is None or e["type"] in types]
+        known = [e for e in of_type if self._appends.knew_event(generation, e["row"])]
+        before = [e for e in known if oldest <= e["time"] < time]
         return sorted(before, key=lambda e: e["time"])  # stable: equal times in the order of the view
 
     def compare(self, split: Split, rows: np.ndarray) -> Iterator[Difference]:
@@ -285,22 +298,29 @@ class _Truth:
             table, table_row = places[feature.scope]
             stored_value = _value(table.columns[feature.name], table_row)
             expected_value = _value(self._encoded[feature.name], at)
+            if feature.scope in ("context", "candidate"):  # users and items are encoded anew at each append
+                expected_value = self._appends.as_encoded(feature, expected_value, self._generations[at])
             if not np.array_equal(stored_value, expected_value, equal_nan=True):
                 yield feature.name, _shown(stored_value), _shown(expected_value)
+        generation = self._generations[at]
         for history in self.schema.histories:
-            yield from self._compare_history(history, requests, request, self._history(history, self._users[at], time))
+            expected = self._history(history, self._users[at], time, generation)
+            yield from self._compare_history(history, requests, request, expected, is_appended=generation > 0)
 
     def _compare_history(
-        self, history: History, requests: Table, request: int, expected: list[dict[str, Any]]
+        self, history: History, requests: Table, request: int, expected: list[dict[str, Any]], *, is_appended: bool
     ) -> Iterator[tuple[str, str, str]]:
         log, keys = self.training_set.events[history.name], self.training_set.items.keys
         assert keys is not None
         start = int(requests.array(start_column(history.name))[request])
         end = int(requests.array(end_column(history.name))[request])
         name = f"history {history.name}"
-        if end - start != len(expected):
+        num_needed = min(len(expected), history.max_length) if is_appended else len(expected)
+        if not num_needed <= end - start <= len(expected):
             yield name, f"{end - start} events", f"{len(expected)} events"
             return
+        if is_appended:
+            start, expected = end - num_needed, expected[len(expected) - num_needed :]
         for offset, event in enumerate(expected):
             if int(log.array(TIME)[start + offset]) != event["time"]:
                 yield f"{name}: time of event {offset}", str(log.array(TIME)[start + offset]), str(event["time"])
@@ -311,6 +331,7 @@ class _Truth:
             for feature in history.event_features:
                 stored = _value(log.columns[feature.name], start + offset)
                 value = _value(self._event_values[feature.name], event["place"])
+                value = self._appends.as_encoded(feature, value, event["generation"])
                 if not np.array_equal(stored, value, equal_nan=True):
                     yield f"{name}: {feature.name} of event {offset}", _shown(stored), _shown(value)
                     return

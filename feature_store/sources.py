@@ -18,7 +18,7 @@ partitions (``date=2020-01-01/part.parquet``) are integers if every one is writt
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -82,6 +82,7 @@ _UNITS_IN_SECOND: dict[str, int] = {"s": 1, "ms": 1_000, "us": 1_000_000, "ns": 
 _INTEGER_TEXT = r"^(0|-?[1-9][0-9]{0,18})$"
 _SEPARATORS = ("::", ";", "\t", "|", ",")
 _DAY = 86_400_000_000
+_BLOCK_ROWS = 1 << 19
 
 
 VIEW_OF_SCOPE: dict[Scope, str] = {
@@ -170,6 +171,21 @@ class Source:
         """
         try:
             return self.frame.select(**expressions).collect()
+        except READ_ERRORS as err:
+            raise SourceError(f"{self._broken_file()} cannot be read: {reason_of(err)}") from err
+
+    def blocks(self, expressions: Mapping[str, pl.Expr]) -> Iterator[pl.DataFrame]:
+        """Evaluates expressions over all rows, in order, some rows at a time; memory does not grow with the view.
+
+        Raises:
+            SourceError: a file cannot be read after all.
+        """
+        frame = self.frame.select(**expressions)
+        try:
+            if self.num_rows <= _BLOCK_ROWS:
+                yield frame.collect()
+            else:
+                yield from frame.collect_batches(chunk_size=_BLOCK_ROWS, maintain_order=True)
         except READ_ERRORS as err:
             raise SourceError(f"{self._broken_file()} cannot be read: {reason_of(err)}") from err
 
@@ -412,6 +428,8 @@ def open_source(
     *,
     staging: Path,
     declared: FormatSpec | None = None,
+    is_wanted: Callable[[Located], bool] = lambda _: True,
+    last: Sequence[str] = (),
 ) -> Source:
     """Finds a view's files and checks their columns.
 
@@ -422,12 +440,16 @@ def open_source(
         uses: what the schema reads.
         staging: folder for files that are fetched or that have to be read once as a whole.
         declared: format of the files; by their names if None.
+        is_wanted: which of the files to read; at least one.
+        last: files, as their identities name them, that come after the others, in this order.
 
     Raises:
         SourceError: no file, a file that cannot be read, a missing column, or one of the wrong type; all columns of a
             file at once.
     """
-    located = locate(view, root, pattern, declared, cache=staging / "fetched")
+    located = [f for f in locate(view, root, pattern, declared, cache=staging / "fetched") if is_wanted(f)]
+    rank = {name: number for number, name in enumerate(last)}
+    located.sort(key=lambda found: rank.get(str(found.identity["file"]), -1))
     names = list(dict.fromkeys(u.column for u in uses))
     files, opened = _open_all(view, located, declared, names, staging)
     partitions = _partitions(files, opened, names)

@@ -48,7 +48,7 @@ def write_tables(
     long_histories = LongHistories(joined)
     for name, requests in splits.items():
         stage(f"Writing {name}")
-        _write_impressions(folder / name / "impressions.arrow", joined, encoder, joined.rows_of(requests))
+        write_impressions(folder / name / "impressions.arrow", joined, encoder, joined.rows_of(requests))
         _write_requests(folder / name / "requests.arrow", joined, encoder, requests, long_histories)
     joined.views.notes += long_histories.notes
 
@@ -60,13 +60,13 @@ def _write_users(path: Path, joined: Joined, encoder: Encoder) -> None:
         columns[start_column(name)] = log.user_offsets[:-1]
         columns[end_column(name)] = log.user_offsets[1:]
     for feature in joined.schema.features_of("user"):
-        columns[feature.name] = _encoded(encoder, feature, joined.entity_column(feature))
+        columns[feature.name] = encoded(encoder, feature, joined.entity_column(feature))
     write_table(path, columns, keys=joined.users.table_keys)
 
 
 def _write_items(path: Path, joined: Joined, encoder: Encoder) -> None:
     columns = {
-        feature.name: _encoded(encoder, feature, joined.entity_column(feature))
+        feature.name: encoded(encoder, feature, joined.entity_column(feature))
         for feature in joined.schema.features_of("item")
     }
     write_table(path, columns, keys=joined.items.table_keys)
@@ -76,17 +76,26 @@ def _write_events(path: Path, joined: Joined, encoder: Encoder, history: str) ->
     log = joined.logs[history]
     columns: dict[str, EncodedColumn] = {ITEM_ROW: log.item_row, TIME: log.time}
     for feature in joined.schema.history(history).event_features:
-        columns[feature.name] = _encoded(encoder, feature, joined.event_column(feature, history))
+        columns[feature.name] = encoded(encoder, feature, joined.event_column(feature, history))
     write_table(path, columns)
 
 
-def _write_impressions(path: Path, joined: Joined, encoder: Encoder, rows: slice) -> None:
+def write_impressions(path: Path, joined: Joined, encoder: Encoder, rows: slice, first_row: int = 0) -> None:
+    """Writes impressions.
+
+    Args:
+        path: of the file.
+        joined: the data.
+        encoder: fitted.
+        rows: of the impressions.
+        first_row: the source row of the first row of the view's files, if others came before them.
+    """
     source_row = joined.source_row[rows]
-    columns: dict[str, EncodedColumn] = {ITEM_ROW: joined.item_row[rows], SOURCE_ROW: source_row}
+    columns: dict[str, EncodedColumn] = {ITEM_ROW: joined.item_row[rows], SOURCE_ROW: source_row + first_row}
     for task in joined.schema.tasks:
         columns[label_column(task.name)] = joined.views.labels(task)[source_row]
     for feature in joined.schema.features_of("candidate"):
-        columns[feature.name] = _encoded(encoder, feature, joined.candidate_column(feature, rows))
+        columns[feature.name] = encoded(encoder, feature, joined.candidate_column(feature, rows))
     write_table(path, columns)
 
 
@@ -136,15 +145,17 @@ def _write_requests(
         ROW_START: joined.requests.row_start[requests] - joined.rows_of(requests).start,
     }
     for name, log in joined.logs.items():
-        start, end = history_slices(log, user_row, time)
+        max_age = joined.schema.history(name).max_age_us
+        start, end = history_slices(log, user_row, time, max_age=max_age)
         columns[start_column(name)], columns[end_column(name)] = start, end
         long_histories.see(name, end - start)
     for feature in joined.schema.features_of("context"):
-        columns[feature.name] = _encoded(encoder, feature, joined.context_column(feature, requests))
+        columns[feature.name] = encoded(encoder, feature, joined.context_column(feature, requests))
     write_table(path, columns)
 
 
-def _encoded(encoder: Encoder, feature: Feature, raw: pa.Array[Any]) -> EncodedColumn:
+def encoded(encoder: Encoder, feature: Feature, raw: pa.Array[Any]) -> EncodedColumn:
+    """A column as it is stored: dense features of one number as a plain column."""
     column = encoder.encode(feature.name, raw)
     if isinstance(feature, Dense) and feature.dim == 1:
         assert not isinstance(column, Ragged)

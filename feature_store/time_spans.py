@@ -11,6 +11,8 @@ round, times end after 2200 and are set aside as broken rows.) So the spans of a
 * **note**: at least 99 of 100 times of a log lie before 1990, and fit no unit.
 * **note**: of the events of a type, fewer than one of 100 lie before the last impression, so that histories cannot
   hold the others; or all lie more than a year before the first impression.
+
+A log may be of any size: :class:`TimeCounts` counts, block by block, what these checks ask for.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from typing import Self
 
 import numpy as np
 import polars as pl
@@ -38,6 +41,7 @@ _FIRST_YEAR, _LAST_YEAR = 1990, 2100
 _SHARE = 0.99
 _FACTORS = (1_000, 1_000_000, 1_000_000_000)
 _UNITS: tuple[TimeUnit, ...] = ("ns", "us", "ms", "s")
+_BEGIN, _END = (int(datetime(year, 1, 1, tzinfo=UTC).timestamp()) * 1_000_000 for year in (_FIRST_YEAR, _LAST_YEAR))
 
 
 @dataclass(frozen=True)
@@ -76,11 +80,95 @@ def iso(time: int) -> str:
     return datetime.fromtimestamp(time // 1_000_000, UTC).isoformat()
 
 
-def check_unit(times: np.ndarray, of: TimeColumn) -> list[str]:
+class TimeCounts:
+    """How many times of each type lie before each of some moments: all that the checks ask, in memory for the types.
+
+    The moments are those that the checks compare with; another one is asked for in vain (``KeyError``) until it is
+    added here.
+
+    Args:
+        impressions: time of the first and of the last, UTC microseconds; None if there are none.
+        is_typed: whether times have a type.
+
+    Attributes:
+        impressions: as given.
+        is_typed: as given.
+        by_type: one row a type: ``type``, ``rows``, ``first`` and ``last`` time; for each moment, ``before <moment>``.
+    """
+
+    def __init__(self, impressions: tuple[int, int] | None = None, *, is_typed: bool = False) -> None:
+        self.impressions = impressions
+        self.is_typed = is_typed
+        moments = [_BEGIN, *(edge // factor for factor in _FACTORS for edge in (_BEGIN, _END))]
+        if impressions is not None:
+            first, last = impressions
+            moments += [first - MAX_GAP_YEARS * YEAR, last]
+        self._moments = sorted(set(moments))
+        columns = ["rows", "first", "last", *(f"before {moment}" for moment in self._moments)]
+        self.by_type = pl.DataFrame(schema={"type": pl.String, **dict.fromkeys(columns, pl.Int64)})
+
+    @classmethod
+    def of(cls, times: np.ndarray, types: pl.Series | None = None, impressions: tuple[int, int] | None = None) -> Self:
+        """Counts of times that are all there.
+
+        Args:
+            times: ``(n,)`` int64, UTC microseconds.
+            types: type of each; None if they have none.
+            impressions: time of the first and of the last.
+        """
+        counts = cls(impressions, is_typed=types is not None)
+        counts.add(pl.Series(times, dtype=pl.Int64), types)
+        return counts
+
+    def add(self, times: pl.Series, types: pl.Series | None) -> None:
+        """Counts more times.
+
+        Args:
+            times: ``n`` int64, UTC microseconds.
+            types: ``n`` texts or nulls; None if they have none.
+        """
+        if len(times) == 0:
+            return
+        names = pl.Series([None], dtype=pl.String).new_from_index(0, len(times)) if types is None else types
+        first, last = int(times.min()), int(times.max())  # type: ignore[arg-type]
+        time = pl.col("time")
+        columns = {"rows": pl.len(), "first": time.min(), "last": time.max()}
+        for moment in self._moments:  # of most, all times of a block are on one side
+            is_between = first < moment <= last
+            is_after = pl.len() if last < moment else pl.lit(0)
+            columns[f"before {moment}"] = (time < moment).sum() if is_between else is_after
+        block = pl.DataFrame({"type": names, "time": times}).group_by("type").agg(**columns)
+        self.merge(block.select(pl.col("type").cast(pl.String), pl.exclude("type").cast(pl.Int64)))
+
+    def merge(self, by_type: pl.DataFrame) -> None:
+        """Adds the counts of other times with the same moments."""
+        columns = {name: pl.col(name).sum() for name in by_type.columns if name not in ("type", "first", "last")}
+        columns |= {"first": pl.col("first").min(), "last": pl.col("last").max()}
+        found = pl.concat([self.by_type, by_type.select(self.by_type.columns)]).group_by("type").agg(**columns)
+        self.by_type = found.select(self.by_type.columns)
+
+    @property
+    def num_rows(self) -> int:
+        """Times of all types."""
+        return int(self.by_type["rows"].sum())
+
+    @property
+    def span(self) -> tuple[int, int]:
+        """The first and the last of them, if there are any."""
+        return int(self.by_type["first"].min()), int(self.by_type["last"].max())  # type: ignore[arg-type]
+
+    def before(self, moment: int) -> int:
+        """Times of all types before one of the moments."""
+        if moment not in self._moments:
+            raise KeyError(f"nothing was counted before {moment}")
+        return int(self.by_type[f"before {moment}"].sum())
+
+
+def check_unit(times: np.ndarray | TimeCounts, of: TimeColumn) -> list[str]:
     """Looks for times that were read in too fine a unit.
 
     Args:
-        times: ``(n,)`` int64, UTC microseconds.
+        times: ``(n,)`` int64, UTC microseconds; or their counts.
         of: where they come from.
 
     Returns:
@@ -89,16 +177,17 @@ def check_unit(times: np.ndarray, of: TimeColumn) -> list[str]:
     Raises:
         SourceError: they were; it names the column, its unit and the likely one.
     """
-    begin, end = (int(datetime(year, 1, 1, tzinfo=UTC).timestamp()) * 1_000_000 for year in (_FIRST_YEAR, _LAST_YEAR))
-    if not len(times) or np.count_nonzero(times < begin) < _SHARE * len(times):
+    counts = times if isinstance(times, TimeCounts) else TimeCounts.of(times)
+    num_rows = counts.num_rows
+    if not num_rows or counts.before(_BEGIN) < _SHARE * num_rows:
         return []
-    first, last = int(times.min()), int(times.max())
+    first, last = counts.span
     read = f"{of.place}: {of.field}.time: column {of.column!r}"
     for factor in _FACTORS:
-        fitting = np.count_nonzero((times >= begin // factor) & (times < end // factor))
-        if fitting < _SHARE * len(times):
+        begin, end = _BEGIN // factor, _END // factor
+        if counts.before(end) - counts.before(begin) < _SHARE * num_rows:
             continue
-        meant = f"{iso(max(first, begin // factor) * factor)} to {iso(min(last, end // factor - 1) * factor)}"
+        meant = f"{iso(max(first, begin) * factor)} to {iso(min(last, end - 1) * factor)}"
         if of.unit is None:
             raise SourceError(
                 f"{read} must hold the times that are meant, got {iso(first)} to {iso(last)}; counted {factor:,} times "
@@ -117,13 +206,13 @@ def check_unit(times: np.ndarray, of: TimeColumn) -> list[str]:
 
 
 def check_overlap(
-    events: np.ndarray, types: pl.Series | None, impressions: tuple[int, int], of: TimeColumn
+    events: np.ndarray | TimeCounts, types: pl.Series | None, impressions: tuple[int, int], of: TimeColumn
 ) -> tuple[dict[str, tuple[str, str]], list[str]]:
     """Compares the events of each type with the impressions.
 
     Args:
-        events: ``(E,)`` int64, UTC microseconds.
-        types: type of each; None if they have none.
+        events: ``(E,)`` int64, UTC microseconds; or their counts, with the same impressions.
+        types: type of each; None if they have none, or are counted.
         impressions: time of the first and of the last, UTC microseconds.
         of: where the events come from.
 
@@ -134,35 +223,27 @@ def check_overlap(
     Raises:
         SourceError: (nearly) all events lie more than ten years before the first impression.
     """
-    if not len(events):
+    counts = events if isinstance(events, TimeCounts) else TimeCounts.of(events, types, impressions)
+    if not counts.num_rows:
         return {}, []
     first, last = impressions
-    long_before = np.count_nonzero(events < first - MAX_GAP_YEARS * YEAR)
-    if long_before >= _SHARE * len(events):
+    if counts.before(first - MAX_GAP_YEARS * YEAR) >= _SHARE * counts.num_rows:
         unit = "" if of.unit is None else f" (integers in {of.unit}, as declared)"
+        earliest, latest = counts.span
         raise SourceError(
             f"{of.place}: {of.field}.time: column {of.column!r}{unit} must hold times of which some lie within "
-            f"{MAX_GAP_YEARS} years of the first impression, {iso(first)}, got {iso(int(events.min()))} to "
-            f"{iso(int(events.max()))}",
+            f"{MAX_GAP_YEARS} years of the first impression, {iso(first)}, got {iso(earliest)} to {iso(latest)}",
             hint=f"check {of.field}.time_unit and {of.field}.path; if the events have no times of their own, give them "
             "times shortly before the first impression",
         )
-    names = pl.Series([None], dtype=pl.String).new_from_index(0, len(events)) if types is None else types
     found = (
-        pl.DataFrame({"type": names, "time": events})
-        .group_by("type")
-        .agg(
-            rows=pl.len(),
-            first=pl.col("time").min(),
-            last=pl.col("time").max(),
-            before=(pl.col("time") < last).sum(),
-        )
+        counts.by_type.with_columns(before=pl.col(f"before {last}"))
         .sort("rows", "type", descending=[True, False])
         .head(MAX_TYPES)
     )
     spans, notes = {}, []
     for kind in found.iter_rows(named=True):
-        name = _name(kind["type"], typed=types is not None)
+        name = _name(kind["type"], typed=counts.is_typed)
         spans[name] = (iso(kind["first"]), iso(kind["last"]))
         note = _note(kind, first, last)
         if note is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +10,7 @@ import numpy as np
 import polars as pl
 
 from feature_store.expressions import row_expression
-from feature_store.quarantine import Quarantine, first_problems
+from feature_store.quarantine import Quarantine, checked_blocks
 from feature_store.sources import (
     VIEW_OF_SCOPE,
     Source,
@@ -64,25 +64,46 @@ class Views:
         root: folder or address that their paths are relative to.
         staging: folder for files that are fetched or that have to be read once as a whole.
         max_quarantined_fraction: of the rows of a view.
+        only: the files to read of each view, as their identities name them; views that are not named stay closed.
+        last: files of views that come after the others, in this order, named likewise.
 
     Attributes:
-        staging: the folder.
         sources: by name; only the views that are read.
         quarantines: by name.
         notes: what is no fault, but worth knowing.
+        staging: folder for what is not kept.
 
     Raises:
         SourceError: a file or a column is missing or of the wrong type.
     """
 
-    def __init__(self, schema: Schema, root: str | Path, *, staging: Path, max_quarantined_fraction: float) -> None:
+    def __init__(
+        self,
+        schema: Schema,
+        root: str | Path,
+        *,
+        staging: Path,
+        max_quarantined_fraction: float,
+        only: Mapping[str, Container[str]] | None = None,
+        last: Mapping[str, Sequence[str]] | None = None,
+    ) -> None:
         self.schema = schema
         self.staging = staging
         self._max_fraction = max_quarantined_fraction
         self._uses = self._find_uses()
         self.sources: dict[str, Source] = {
-            view: open_source(view, root, path, self._uses[view], staging=staging, declared=view_format(schema, view))
+            view: open_source(
+                view,
+                root,
+                path,
+                self._uses[view],
+                staging=staging,
+                declared=view_format(schema, view),
+                is_wanted=lambda f, view=view: only is None or f.identity["file"] in only[view],  # type: ignore[misc]
+                last=(last or {}).get(view, ()),
+            )
             for view, path in view_paths(schema).items()
+            if only is None or view in only
         }
         self.notes: list[str] = [note for source in self.sources.values() for note in source.notes]
         for scope in ("user", "item"):
@@ -199,7 +220,14 @@ class Views:
 
     def keys(self, view: str, scope: str) -> pl.Series:
         """The key of the user, or of the item, of every row of a view."""
-        return self.sources[view].column(Use(self.key_column(view, scope), "key", view))
+        return self.sources[view].column(self._key(view, scope))
+
+    def key_expression(self, view: str, scope: str) -> pl.Expr:
+        """The same as an expression."""
+        return self.sources[view].typed(self._key(view, scope))
+
+    def _key(self, view: str, scope: str) -> Use:
+        return Use(self.key_column(view, scope), "key", view)
 
     def request_keys(self) -> pl.Series | None:
         """The key of the request of every impression; None if each is its own."""
@@ -208,10 +236,14 @@ class Views:
 
     def time(self, view: str) -> np.ndarray:
         """``(num_rows,)`` int64: UTC microseconds, of valid rows; others have no meaning."""
+        return self.sources[view].read({"time": self.time_expression(view)})["time"].to_numpy()
+
+    def time_expression(self, view: str) -> pl.Expr:
+        """The same as an expression."""
         log = self._log(view)
         assert log is not None
         use = Use(log.time, "time", view, log.time_unit, time_zone=log.time_zone)
-        return self.sources[view].column(use).fill_null(-1).to_numpy()
+        return self.sources[view].typed(use).fill_null(-1)
 
     def time_column(self, view: str) -> TimeColumn:
         """The time column of a log as messages name it; text counts as integers if its first value is one."""
@@ -248,10 +280,15 @@ class Views:
 
     def event_types(self) -> pl.Series | None:
         """The type of every event as text; None if events have none."""
+        types = self.event_type_expression()
+        return None if types is None else self.sources["events"].read({"type": types})["type"]
+
+    def event_type_expression(self) -> pl.Expr | None:
+        """The same as an expression."""
         events = self.schema.views.events
         if events is None or events.type is None:
             return None
-        return self.sources["events"].column(Use(events.type, "type", "events"))
+        return self.sources["events"].typed(Use(events.type, "type", "events"))
 
     def labels(self, task: Task) -> np.ndarray:
         """``(num_rows,)`` float32: the label of every impression, NaN where it is missing."""
@@ -279,13 +316,29 @@ class Views:
         Raises:
             QuarantineError: too many are broken.
         """
+        blocks = [is_valid for is_valid, _ in self.checked_blocks(view, {})]
+        return np.flatnonzero(np.concatenate(blocks)) if blocks else np.empty(0, dtype=np.int64)
+
+    def checked_blocks(self, view: str, columns: Mapping[str, pl.Expr]) -> Iterator[tuple[np.ndarray, pl.DataFrame]]:
+        """Reads columns of a view block by block; at the end, rows with a problem are set aside.
+
+        Yields:
+            ``(n,)`` bool, the rows of the block without a problem, and the columns of all of its rows.
+
+        Raises:
+            QuarantineError: too many are broken.
+        """
         source, quarantine = self.sources[view], self.quarantines[view]
+        yield from checked_blocks(source, quarantine, self.problems(view), columns)
+        quarantine.enforce(self._max_fraction)
+
+    def problems(self, view: str) -> list[tuple[str, pl.Expr]]:
+        """What can be wrong with a row of a view: reasons, and expressions that are true where it is."""
+        source = self.sources[view]
         problems = {reason: expression for use in self._uses[view] for reason, expression in source.problems(use)}
         if view == "impressions":
             problems.update(self._label_problems(source))
-        valid = first_problems(source, quarantine, list(problems.items()))
-        quarantine.enforce(self._max_fraction)
-        return np.flatnonzero(valid)
+        return list(problems.items())
 
     def _label_problems(self, source: Source) -> dict[str, pl.Expr]:
         labels = [source.typed(_label_use(task)).fill_nan(None) for task in self.schema.tasks]

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from recsys.errors import SourceError
-from recsys.files import check_replaceable, put_in_place, sync_tree
+from recsys.files import check_replaceable, exchange, put_in_place, sync, sync_tree
 from recsys.training_set import is_training_set
 
 _MARK = "manifest.json"
@@ -49,15 +49,22 @@ def _recover(folder: Path) -> None:
     replaced = sorted(folder.parent.glob(f"{glob.escape(folder.name)}.tmp-old-*"))
     if not folder.exists() and replaced and (replaced[-1] / _MARK).is_file():
         replaced[-1].rename(folder)
+    is_complete = any((p / _MARK).is_file() for p in folder.parent.glob(f"{glob.escape(folder.name)}.tmp-*"))
+    if not folder.exists() and is_complete and versions_of(folder):  # killed between the renames of an append
+        versions_of(folder)[-1].rename(folder)
     for stale in folder.parent.glob(f"{glob.escape(folder.name)}.tmp-*"):
         shutil.rmtree(stale, ignore_errors=True)
 
 
 @contextmanager
-def replacing(folder: Path) -> Iterator[Path]:
+def replacing(folder: Path, *, keep_in: Path | None = None) -> Iterator[Path]:
     """Yields a new folder that takes the place of ``folder`` if the block ends well, and vanishes if it does not.
 
     Hold :func:`exclusive` around it. The block writes :data:`manifest.json` last.
+
+    Args:
+        folder: to replace.
+        keep_in: a folder where the one that is replaced is kept, under the next number.
 
     Raises:
         SourceError: ``folder`` holds something that is not ours to delete.
@@ -70,10 +77,31 @@ def replacing(folder: Path) -> Iterator[Path]:
         yield temporary
         sync_tree(temporary, files=False)  # the build has made its files durable
         _check_replaceable(folder)  # again, for the work took a while
-        put_in_place(temporary, folder, retired=folder.with_name(f"{folder.name}.tmp-old-{token}"))
+        if keep_in is None:
+            put_in_place(temporary, folder, retired=folder.with_name(f"{folder.name}.tmp-old-{token}"))
+        else:
+            exchange(temporary, folder, retired=_next_version(keep_in))
+            sync(keep_in)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _check_replaceable(folder: Path) -> None:
     check_replaceable(folder, "a training set", is_ours=is_training_set, error=SourceError)
+
+
+def versions_folder(folder: Path) -> Path:
+    """Where the older versions of a folder are."""
+    return folder.with_name(f"{folder.name}.versions")
+
+
+def versions_of(folder: Path) -> list[Path]:
+    """The older versions of a folder, the oldest first."""
+    kept = versions_folder(folder)
+    return sorted(p for p in kept.iterdir() if p.name.isdigit()) if kept.is_dir() else []
+
+
+def _next_version(kept: Path) -> Path:
+    kept.mkdir(exist_ok=True)
+    numbers = [int(p.name) for p in kept.iterdir() if p.name.isdigit()]
+    return kept / f"{max(numbers, default=0) + 1:06d}"

@@ -12,7 +12,8 @@ the name free, and the old folder whole beside it.
     replacing_file              a file that somebody else's writer writes
     sync, sync_tree             make what was written durable
     append_line                 one more line of a log
-    put_in_place                the last step of a folder
+    put_in_place                the last step of a folder; the one that it replaces is removed
+    exchange                    the same, and the one that it replaces stays
     check_can_write             before the work: can the result be written at all?
     read_object                 a JSON object that we wrote, of which nothing is believed before it was checked
     check_replaceable           may a folder be replaced, or does it hold what somebody else put there?
@@ -39,6 +40,7 @@ __all__ = [
     "check_can_write",
     "check_replaceable",
     "draft_of",
+    "exchange",
     "put_in_place",
     "read_object",
     "replacing_file",
@@ -125,6 +127,17 @@ def put_in_place(draft: Path, folder: Path, *, retired: Path) -> None:
         draft: beside ``folder``, on the same disk.
         retired: a free name beside it, for the old folder meanwhile.
     """
+    exchange(draft, folder, retired=retired)
+    shutil.rmtree(retired, ignore_errors=True)
+
+
+def exchange(draft: Path, folder: Path, *, retired: Path) -> None:
+    """The same, but one that has the name stays, as ``retired``.
+
+    Args:
+        draft: beside ``folder``, on the same disk.
+        retired: a free name on that disk.
+    """
     if not folder.exists():
         draft.rename(folder)
         sync(folder.parent)
@@ -136,7 +149,6 @@ def put_in_place(draft: Path, folder: Path, *, retired: Path) -> None:
         retired.rename(folder)
         raise
     sync(folder.parent)
-    shutil.rmtree(retired, ignore_errors=True)
 
 
 def check_can_write(path: str | Path, *, name: str) -> None:

@@ -163,13 +163,22 @@ class History(Config):
 
     ``attributes`` name item features: each event has them through its item, in the candidate's own tables.
     ``max_length`` bounds what a batch reads, not what is stored: storage is two integers a request whatever the length.
+    With ``max_age_hours``, an event counts for that long: up to a request exactly so much later.
     """
 
     name: Name
     event_types: tuple[str, ...] | None = Field(None, min_length=1, description="all types if not given")
     max_length: int = Field(50, ge=1, le=1_000_000, description="the newest so many events")
+    max_age_hours: float | None = Field(
+        None, gt=0, le=2e6, description="no event more than so much older than the request; any age if not given"
+    )
     attributes: tuple[Name, ...] = Field(min_length=1)
     event_features: tuple[Feature, ...] = ()
+
+    @property
+    def max_age_us(self) -> int | None:
+        """``max_age_hours`` in microseconds."""
+        return None if self.max_age_hours is None else round(self.max_age_hours * 3_600_000_000)
 
 
 class Task(Config):

@@ -8,6 +8,8 @@
     events/<history>.arrow           the event log of one history, sorted by user, then time
     <split>/requests.arrow           one row a request: user row, time, slices of the event logs, context features
     <split>/impressions.arrow        one row an impression: item row, labels, candidate features
+    events/<history>.<n>.arrow       what the n-th append added to the log (:mod:`feature_store.append`)
+    parts/<n>/                       its requests and impressions, of all splits; the manifest says which are whose
 
 **A history is a reference**: a request stores ``@start.<history>`` and ``@end.<history>``, a slice of the event log
 that ends strictly before the request, whatever the length. Storage is O(events + requests).
@@ -21,7 +23,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections import ChainMap
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -157,6 +160,76 @@ def open_table(path: str | Path) -> Table:
         else:
             columns[name] = _from_arrow(array)
     return Table(batch.num_rows, columns, keys)
+
+
+def joined_tables(pieces: Sequence[tuple[Table, slice]]) -> Table:
+    """Rows of several tables with the same columns, one after another.
+
+    A single piece stays a view of its file. Columns of several are joined in memory, each when it is first asked for.
+
+    Args:
+        pieces: tables and the rows of each.
+    """
+    if len(pieces) == 1:
+        table, rows = pieces[0]
+        if rows == slice(0, table.num_rows):
+            return table
+    num_rows = sum(rows.stop - rows.start for _, rows in pieces)
+    return Table(num_rows, _JoinedColumns(pieces), None)
+
+
+class _JoinedColumns(Mapping[str, EncodedColumn]):
+    def __init__(self, pieces: Sequence[tuple[Table, slice]]) -> None:
+        self._pieces = pieces
+        self._joined: dict[str, EncodedColumn] = {}
+
+    def __getitem__(self, name: str) -> EncodedColumn:
+        if name not in self._joined:
+            self._joined[name] = joined_column([_rows(t.columns[name], rows) for t, rows in self._pieces])
+        return self._joined[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._pieces[0][0].columns)
+
+    def __len__(self) -> int:
+        return len(self._pieces[0][0].columns)
+
+
+def joined_column(parts: Sequence[EncodedColumn]) -> EncodedColumn:
+    """Columns of one kind, one after another; a single one as it is."""
+    if len(parts) == 1:
+        return parts[0]
+    bags = [part for part in parts if isinstance(part, Ragged)]
+    if not bags:
+        return np.concatenate([part for part in parts if isinstance(part, np.ndarray)])
+    lengths = np.concatenate([np.diff(part.offsets) for part in bags])
+    offsets = np.zeros(len(lengths) + 1, dtype=np.int64)
+    np.cumsum(lengths, out=offsets[1:])
+    return Ragged(np.concatenate([part.values[part.offsets[0] : part.offsets[-1]] for part in bags]), offsets)
+
+
+def _rows(column: EncodedColumn, rows: slice) -> EncodedColumn:
+    if not isinstance(column, Ragged):
+        return column[rows]
+    offsets = column.offsets[rows.start : rows.stop + 1]
+    return Ragged(column.values[offsets[0] : offsets[-1]], offsets - offsets[0])
+
+
+def event_log_paths(folder: Path, history: str) -> list[Path]:
+    """The files of a history's event log, in the order in which they were built; none if there is no log."""
+    base = folder / "events" / f"{history}.arrow"
+    appended = [(int(p.name.split(".")[-2]), p) for p in base.parent.glob(f"{history}.*.arrow")]
+    return [base, *(path for _, path in sorted(appended))] if base.is_file() else []
+
+
+def open_event_log(folder: Path, history: str) -> Table:
+    """Opens the event log of a history; see :func:`joined_tables`.
+
+    Raises:
+        IntegrityError: a file is missing or broken.
+    """
+    tables = [open_table(path) for path in event_log_paths(folder, history) or [folder / "events" / f"{history}.arrow"]]
+    return joined_tables([(table, slice(0, table.num_rows)) for table in tables])
 
 
 def _from_arrow(array: Any) -> EncodedColumn:
@@ -332,7 +405,7 @@ class TrainingSet:
     @cached_property
     def events(self) -> dict[str, Table]:
         """Event log of each history."""
-        return {h.name: open_table(self.folder / "events" / f"{h.name}.arrow") for h in self.schema.histories}
+        return {h.name: open_event_log(self.folder, h.name) for h in self.schema.histories}
 
     def split(self, name: str) -> Split:
         """One of ``train``, ``validation``, ``test``.
@@ -344,7 +417,23 @@ class TrainingSet:
             if name not in SPLITS or not (self.folder / name / "requests.arrow").is_file():
                 built = [s for s in SPLITS if (self.folder / s / "requests.arrow").is_file()]
                 raise SchemaError(f"split must be one of {', '.join(built)}, got {name!r}")
-            requests = open_table(self.folder / name / "requests.arrow")
-            impressions = open_table(self.folder / name / "impressions.arrow")
-            self._splits[name] = Split(name, requests, impressions)
+            self._splits[name] = self._open_split(name)
         return self._splits[name]
+
+    def _open_split(self, name: str) -> Split:
+        whole = {"part": name, "requests": None}
+        requests, impressions, row_starts, num_rows = [], [], [], 0
+        for piece in self.manifest.get("pieces", {}).get(name, [whole]):
+            of_requests = open_table(self.folder / piece["part"] / "requests.arrow")
+            of_impressions = open_table(self.folder / piece["part"] / "impressions.arrow")
+            first, stop = piece["requests"] or (0, of_requests.num_rows)
+            edges = np.append(of_requests.array(ROW_START), of_impressions.num_rows)[[first, stop]].tolist()
+            requests.append((of_requests, slice(first, stop)))
+            impressions.append((of_impressions, slice(*edges)))
+            row_starts.append(of_requests.array(ROW_START)[first:stop] - edges[0] + num_rows)
+            num_rows += edges[1] - edges[0]
+        table = joined_tables(requests)
+        if table is not requests[0][0]:  # rows count from the first of the split
+            counted = {ROW_START: np.concatenate(row_starts)}
+            table = Table(table.num_rows, ChainMap(counted, table.columns))  # type: ignore[arg-type]
+        return Split(name, table, joined_tables(impressions))

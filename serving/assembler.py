@@ -271,6 +271,12 @@ class Assembler:
         self, source: FeatureSource, history: History, raw: RawBatch, problems: list[str]
     ) -> tuple[Events, int]:
         """The events of R requests, and how many of those that came with them were not before them."""
+        events, num_ignored = self._any_age(source, history, raw, problems)
+        return (events if history.max_age_us is None else recent(events, raw.time - history.max_age_us)), num_ignored
+
+    def _any_age(
+        self, source: FeatureSource, history: History, raw: RawBatch, problems: list[str]
+    ) -> tuple[Events, int]:
         came = raw.histories.get(history.name)
         if came is None:
             return source.history(history.name, raw.users, raw.time, history.max_length), 0
@@ -311,6 +317,22 @@ class Assembler:
         np.cumsum(length, out=offsets[1:])
         chosen = {name: take_rows(column, order) for name, column in columns.items()}
         return Events(offsets, times[order], chosen), int(np.count_nonzero(~is_past))
+
+
+def recent(events: Events, oldest: np.ndarray) -> Events:
+    """The events of each request from a time on.
+
+    Args:
+        events: of R requests.
+        oldest: ``(R,)`` int64, UTC microseconds.
+    """
+    lengths = np.diff(events.offsets)
+    is_recent = events.times >= np.repeat(oldest, lengths)
+    if is_recent.all():
+        return events
+    kept = np.flatnonzero(is_recent)
+    offsets = np.append(0, np.cumsum(is_recent))[events.offsets]
+    return Events(offsets, events.times[kept], {name: take_rows(c, kept) for name, c in events.columns.items()})
 
 
 def overlay(base: EncodedColumn, rows: np.ndarray, values: EncodedColumn) -> EncodedColumn:

@@ -24,7 +24,16 @@ from recsys.encoding.encoder import EncodedColumn, Encoder, Ragged
 from recsys.encoding.key_index import KeyIndex
 from recsys.errors import ArtifactError
 from recsys.schema import Schema
-from recsys.training_set import ITEM_ROW, TIME, Table, end_column, open_table, start_column
+from recsys.training_set import (
+    ITEM_ROW,
+    TIME,
+    Table,
+    end_column,
+    event_log_paths,
+    open_event_log,
+    open_table,
+    start_column,
+)
 
 
 class Known(NamedTuple):
@@ -173,9 +182,8 @@ class SnapshotFeatures:
     def _logs(self) -> dict[str, Table]:
         logs = {}
         for history in self._schema.histories:
-            path = self.folder / "events" / f"{history.name}.arrow"
-            if path.is_file():
-                logs[history.name] = open_table(path)
+            if event_log_paths(self.folder, history.name):
+                logs[history.name] = open_event_log(self.folder, history.name)
         return logs
 
     def _open(self, name: str) -> _Entities:

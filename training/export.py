@@ -45,7 +45,7 @@ from recsys.files import write_json
 from recsys.models import RankingModel
 from recsys.predictor import Predictor, quiet, torch_version
 from recsys.schema import UNKNOWN_ID, Schema
-from recsys.training_set import TIME, TrainingSet
+from recsys.training_set import TIME, TrainingSet, event_log_paths
 
 Snapshot = Literal["none", "items", "all"]
 
@@ -215,7 +215,8 @@ def _copy_snapshot(training_set: TrainingSet, folder: Path, snapshot: Snapshot) 
     folder.mkdir()
     files = ["items.arrow"]
     if snapshot == "all":
-        files += ["users.arrow", *(f"events/{h.name}.arrow" for h in training_set.schema.histories)]
+        logs = [path for h in training_set.schema.histories for path in event_log_paths(training_set.folder, h.name)]
+        files += ["users.arrow", *(path.relative_to(training_set.folder).as_posix() for path in logs)]
     for file in files:
         (folder / file).parent.mkdir(exist_ok=True)
         shutil.copyfile(training_set.folder / file, folder / file)

@@ -13,6 +13,10 @@ def build(
     config: ExperimentArgument,
     overrides: Overrides = [],  # noqa: B006 - Typer copies it
     force: Annotated[bool, typer.Option("--force", help="Build even if an equal training set is there.")] = False,
+    workers: Annotated[
+        int,
+        typer.Option("--workers", min=1, help="Spread events over so many Ray workers; the files are the same."),
+    ] = 1,
     as_json: Json = False,
 ) -> None:
     """Build the training set of an experiment: encode, join in time, split, check.
@@ -24,13 +28,19 @@ def build(
     Example:
         recsys build configs/experiment/din_kuairand.yaml
         recsys build configs/experiment/din_simulated.yaml --set data.views=data/simulated
+        recsys build configs/experiment/din_kuairand.yaml --workers 8
     """  # noqa: D301
     from feature_store.build import build_training_set
     from recsys.commands.terminal import print_facts, print_json
     from training.experiment import load_experiment
 
     experiment, schema = load_experiment(config, overrides)
-    summary = build_training_set(schema, experiment.data, progress=True, force=force)
+    if workers > 1:
+        from feature_store.distributed import build_distributed
+
+        summary = build_distributed(schema, experiment.data, workers=workers, progress=True, force=force)
+    else:
+        summary = build_training_set(schema, experiment.data, progress=True, force=force)
     if as_json:
         print_json(summary.to_dict())
         return

@@ -177,6 +177,70 @@ def check_leaks(
         raise typer.Exit(LEAKS_FOUND)
 
 
+@data.command()
+def append(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="Experiment file whose training set grows.")],
+    overrides: Overrides = [],  # noqa: B006 - Typer copies it
+    as_json: Json = False,
+) -> None:
+    """Append new log files to a training set: a day of logs is a day of work.
+
+    Reads the files of the impressions and events views that are new since the last build or append. What was built
+    stays as it is, ids too; the version before is kept until it is pruned. The split may move forward.
+
+    \b
+    Example:
+        recsys data append configs/experiment/din_simulated.yaml
+        recsys data append configs/experiment/din_simulated.yaml --set data.split.test_end=2025-01-21T00:00:00Z
+    """  # noqa: D301
+    from feature_store.append import append_to_training_set
+    from recsys.commands.terminal import print_facts, print_json, stage
+    from training.experiment import load_experiment
+
+    experiment, schema = load_experiment(config, overrides)
+    with stage("append"):
+        summary = append_to_training_set(schema, experiment.data)
+    if as_json:
+        print_json(summary.to_dict())
+        return
+    state = "no new impressions" if summary.skipped else f"appended in {summary.seconds:.1f} s"
+    facts: dict[str, Any] = {f"{split} impressions": rows for split, rows in summary.rows.items()}
+    facts |= {"outside all splits": summary.outside_split, "users": summary.users, "items": summary.items}
+    facts |= {
+        f"quarantined: {view}, {reason}": rows
+        for view, reasons in summary.quarantined.items()
+        for reason, rows in reasons.items()
+    }
+    print_facts(f"{experiment.data.training_set} ({state})", facts)
+
+
+@data.command()
+def prune(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="Experiment file.")],
+    overrides: Overrides = [],  # noqa: B006 - Typer copies it
+    keep: Annotated[int, typer.Option("--keep", help="Older versions that stay.", min=0)] = 1,
+    as_json: Json = False,
+) -> None:
+    """Delete older versions of a training set; the set itself stays.
+
+    \b
+    Example:
+        recsys data prune configs/experiment/din_simulated.yaml --keep 7
+    """  # noqa: D301
+    from feature_store.append import prune_versions
+    from feature_store.workspace import versions_of
+    from recsys.commands.terminal import print_facts, print_json
+    from training.experiment import load_experiment
+
+    training_set = load_experiment(config, overrides)[0].data.training_set
+    gone = [str(path) for path in prune_versions(training_set, keep=keep)]
+    left = [str(path) for path in versions_of(Path(training_set).resolve())]
+    if as_json:
+        print_json({"training_set": training_set, "pruned": gone, "kept": left})
+        return
+    print_facts(training_set, {"pruned": ", ".join(gone) or "nothing", "kept": ", ".join(left) or "nothing"})
+
+
 def _list(datasets: Any, *, as_json: bool) -> None:
     from recsys.commands.terminal import print_facts, print_json
 

@@ -142,6 +142,34 @@ class Encoder:
         ]
         return {"format_version": FORMAT_VERSION, "features": features, "tables": tables}
 
+    def grown(self, newer: Encoder) -> Encoder:
+        """This encoder with the values of a newer one's vocabularies that it lacks, behind its own.
+
+        No id that it gives changes, save that what was unknown may get one. All else that was fitted stays.
+        Vocabularies stop at their ``max_size``.
+
+        Args:
+            newer: of the same schema.
+        """
+        tables = dict(self._tables)
+        for name, spec in self.schema.table_encoders.items():
+            old, new = self._tables[name], newer._tables[name]
+            if not isinstance(old, VocabularyTable) or not isinstance(new, VocabularyTable):
+                continue
+            assert isinstance(spec, Vocabulary)
+            added = new.index.keys
+            if len(added) and len(old.index):
+                added = added.filter(pa.array(old.index.positions(added, where=f"table {name!r}") < 0))
+            added = added[: None if spec.max_size is None else max(spec.max_size - len(old.index), 0)]
+            if len(added):
+                tables[name] = vocabulary_table(pa.concat_arrays([old.index.keys, added]) if len(old.index) else added)
+        return Encoder(
+            self.schema,
+            tables=tables,
+            transforms=self._transforms,
+            hash_key_types={**newer._hash_key_types, **self._hash_key_types},
+        )
+
     def encode(self, feature: str, column: Column) -> EncodedColumn:
         """Encodes raw values of a feature.
 

@@ -140,6 +140,54 @@ def test_history_length_changes_no_byte_of_requests_and_impressions(tmp_path: Pa
     assert all(sets[50][name] for name in logs)
 
 
+def test_lifelong_histories_take_no_more_room_in_requests_and_impressions(tmp_path: Path) -> None:
+    sizes, longest = {}, {}
+    for num_events in (100, 10_000):
+        views = make_views(num_requests=20, num_users=2)
+        rng = np.random.default_rng(0)
+        times = START - DAY + np.arange(num_events) * 1_000
+        types = pl.Series("type", ["click"] * num_events)
+        items = rng.integers(100, 120, num_events)
+        views["events"] = pl.DataFrame({"user": 0, "item": items, "time": times, "type": types, "dwell": 1.0})
+        training_set = build(tmp_path / str(num_events), views)
+        folder = tmp_path / str(num_events) / "training_set"
+        sizes[num_events] = {s: [p.stat().st_size for p in sorted((folder / s).iterdir())] for s in SPLITS}
+        requests = training_set.split("train").requests
+        longest[num_events] = int((requests.array("@end.clicked") - requests.array("@start.clicked")).max())
+    assert longest == {100: 100, 10_000: 10_000}
+    assert sizes[100] == sizes[10_000]
+
+
+@pytest.mark.parametrize("hours", [1e-9, 6.0, 30.0])
+def test_events_older_than_max_age_are_left_out(tmp_path: Path, hours: float) -> None:
+    views = make_views()
+    histories = [{**h, "max_age_hours": hours} for h in schema_mapping()["histories"]]
+    found = impressions_of(build(tmp_path, views, make_schema(histories=histories)), "clicked")
+    events, rows = views["events"].to_dicts(), views["impressions"].to_dicts()
+    age, num_left_out, num_edges = round(hours * 3_600_000_000), 0, 0
+    for number, expected in enumerate(expected_impressions(rows, events, ["click"])):
+        recent = [e for e in expected.history if events[e]["time"] >= expected.time - age]
+        assert found[number]["history"] == [(events[e]["item"], events[e]["time"]) for e in recent]
+        num_left_out += len(expected.history) - len(recent)
+        num_edges += len(recent) > 0
+    assert num_left_out > 100
+    assert num_edges > 0 or hours < 1
+
+
+def test_an_event_exactly_as_old_as_may_be_counts(tmp_path: Path) -> None:
+    views = make_views(num_requests=30)
+    hour = 3_600_000_000
+    at = views["impressions"].group_by("request").agg(pl.col("user").first(), pl.col("time").min())
+    at = at.group_by("user").agg(pl.col("time").first())
+    parts = [at.with_columns(time=pl.col("time") - hour - extra, dwell=pl.lit(float(extra))) for extra in (0, 1)]
+    views["events"] = pl.concat(parts).with_columns(item=pl.lit(101), type=pl.lit("click"))
+    histories = [{**h, "max_age_hours": 1.0} for h in schema_mapping()["histories"]]
+    found = impressions_of(build(tmp_path, views, make_schema(histories=histories)), "clicked")
+    ages = [row["time"] - time for row in found.values() for _, time in row["history"]]
+    assert hour in ages
+    assert max(ages) == hour
+
+
 def test_two_builds_of_the_same_views_are_the_same_bytes(tmp_path: Path) -> None:
     views = make_views()
     for name in "ab":

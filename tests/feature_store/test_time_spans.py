@@ -9,8 +9,9 @@ import numpy as np
 import polars as pl
 import pytest
 
+from feature_store import sources
 from feature_store.build import BuildSummary, build_training_set
-from feature_store.time_spans import MAX_TYPES, YEAR, TimeColumn, check_overlap, check_unit, span
+from feature_store.time_spans import MAX_TYPES, YEAR, TimeColumn, TimeCounts, check_overlap, check_unit, span
 from recsys.errors import QuarantineError, SourceError
 from tests.feature_store.small_views import (
     DAY,
@@ -146,6 +147,47 @@ def test_events_long_before_every_impression_are_an_error(years: float, fails: b
     else:
         spans, _ = check_overlap(events, None, (HERE, HERE + DAY), column())
         assert spans["events"][1].startswith("2020-09-13")
+
+
+def test_counts_of_blocks_are_counts_of_all() -> None:
+    rng = np.random.default_rng(0)
+    shown = (HERE, HERE + DAY)
+    # Moments themselves, and their neighbours: a block may begin, end or lie wholly at any of them.
+    edges = [HERE - 10 * YEAR, HERE + DAY, HERE // 1000, HERE // 10**6, 631_152_000, 4_102_444_800]
+    times = pl.Series(np.concatenate([rng.choice(edges, 400) + rng.integers(-1, 2, 400), np.full(100, HERE)]))
+    types = pl.Series(rng.choice(["click", "like", ""], 500)).replace("", None)
+    counts, merged = TimeCounts(shown, is_typed=True), TimeCounts(shown, is_typed=True)
+    for begin in range(0, 500, 25):
+        part = slice(begin, begin + 25)
+        counts.add(times[part], types[part])
+        other = TimeCounts(shown, is_typed=True)
+        other.add(times[part], types[part])
+        merged.merge(other.by_type)
+    for found in (counts, merged):
+        for row in found.by_type.iter_rows(named=True):
+            chosen = times.filter(types.eq_missing(row["type"])).to_numpy()
+            assert (row["rows"], row["first"], row["last"]) == (len(chosen), chosen.min(), chosen.max())
+            moments = {int(name.split()[1]): n for name, n in row.items() if name.startswith("before ")}
+            assert moments == {moment: np.count_nonzero(chosen < moment) for moment in moments}
+        assert found.by_type["type"].sort().to_list() == [None, "click", "like"]
+        assert check_overlap(found, None, shown, column()) == check_overlap(times.to_numpy(), types, shown, column())
+    with pytest.raises(KeyError):
+        counts.before(HERE + 1)
+
+
+def test_events_in_many_blocks_give_the_spans_and_notes_of_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    frames = make_views()
+    stale = frames["events"].head(30).with_columns(type=pl.lit("stale"), time=pl.col("time") - 2 * YEAR)
+    frames["events"] = pl.concat([frames["events"], stale])
+    whole = build(tmp_path / "whole", frames, {})
+    monkeypatch.setattr(sources, "_BLOCK_ROWS", 7)
+    blocks = build(tmp_path / "blocks", frames, {})
+    assert blocks.time_spans == whole.time_spans
+    assert blocks.notes == whole.notes
+    assert [note for note in whole.notes if note.startswith("events of type 'stale': the last, 2018-")]
+    wrong = counted_in(frames, "ms", "events")
+    with pytest.raises(SourceError, match="; in ms they would be 20"):
+        build(tmp_path / "wrong", wrong, {"events": "us"})
 
 
 def test_types_that_hardly_overlap_are_named_each() -> None:

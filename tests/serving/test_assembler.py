@@ -14,8 +14,8 @@ import torch
 from recsys.batch import Bags, Batch, Column
 from recsys.encoding.encoder import Ragged
 from recsys.errors import ArtifactError, RequestError
-from serving.assembler import Assembled, Assembler, overlay
-from serving.features import NoFeatures, SnapshotFeatures
+from serving.assembler import Assembled, Assembler, overlay, recent
+from serving.features import Events, NoFeatures, SnapshotFeatures
 from serving.request import RequestParser
 from tests.serving.conftest import World
 
@@ -277,3 +277,14 @@ def test_overlay_of_bags() -> None:
     assert result.offsets.tolist() == [0, 0, 3, 4]
     assert result.values.tolist() == [8, 9, 9, 7]
     assert base.values.tolist() == [5, 6, 7]
+
+
+def test_recent_events_are_those_from_a_time_on() -> None:
+    tags = Ragged(np.array([1, 2, 3, 4]), np.array([0, 1, 1, 3, 4, 4]))
+    events = Events(np.array([0, 3, 3, 5]), np.array([5, 6, 9, 1, 2]), {"item": np.arange(5), "tags": tags})
+    got = recent(events, np.array([6, 0, 2]))
+    assert got.offsets.tolist() == [0, 2, 2, 3]
+    assert got.times.tolist() == [6, 9, 2]
+    assert got.columns["item"].tolist() == [1, 2, 4]
+    assert [c.tolist() for c in got.columns["tags"]] == [[2, 3], [0, 0, 2, 2]]
+    assert recent(events, np.array([5, 0, 1])) is events

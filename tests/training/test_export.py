@@ -8,6 +8,7 @@ import warnings
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 
@@ -16,9 +17,10 @@ from recsys.batch import Batch
 from recsys.errors import ArtifactError, MissingDependencyError
 from recsys.models import DINConfig, RankingModel, build_model
 from recsys.predictor import Predictor
-from recsys.training_set import TrainingSet
+from recsys.training_set import TrainingSet, open_event_log, open_table
+from serving.features import SnapshotFeatures
 from tests.spaced import spaced_model
-from tests.training_sets import build_synthetic
+from tests.training_sets import append_synthetic, build_synthetic
 from training import export as module
 from training.export import example_inputs, export_artifact, recorded_batches
 
@@ -190,3 +192,37 @@ def test_a_model_with_a_space_of_its_own_is_scored_from_its_tables(small_set: Tr
         batch = Batch.from_training_set(small_set, "train", requests)
         with torch.inference_mode():
             np.testing.assert_allclose(predictor.logits(batch), model(batch).numpy(), atol=1e-6, rtol=0)
+
+
+@pytest.mark.slow
+def test_a_set_that_was_appended_to_is_exported_with_all_parts_of_its_logs(tmp_path: Path) -> None:
+    training_set = append_synthetic(tmp_path)
+    torch.manual_seed(0)
+    config = DINConfig(embedding_dim=4, attention_hidden=(6,), hidden=(8,))
+    model = build_model(config, training_set.schema, training_set.encoder.table_sizes).eval()
+    export_artifact(model, training_set, tmp_path / "artifact", name="din", compile=False, snapshot="all")
+    artifact = Artifact.open(tmp_path / "artifact")
+    assert artifact.features_folder is not None
+    test = training_set.split("test")
+    batch = Batch.from_training_set(training_set, "test", slice(0, test.num_requests))
+    with torch.inference_mode():
+        np.testing.assert_allclose(Predictor(artifact).logits(batch), model(batch).numpy(), atol=1e-6, rtol=0)
+    # At the time of each request of the newest append, the artifact's source gives the history that it is stored with.
+    begin = int(open_table(training_set.folder / "parts" / "00002" / "requests.arrow").array("@time")[0])
+    chosen = slice(int(np.searchsorted(test.requests.array("@time"), begin)), test.num_requests)
+    newest = Batch.from_training_set(training_set, "test", chosen)
+    assert newest.num_requests > 10
+    source = SnapshotFeatures(artifact.features_folder, training_set.encoder)
+    keys = training_set.users.keys
+    assert keys is not None
+    users = keys.take(pa.array(test.requests.array("@user_row")[chosen]))
+    for name in ("clicked", "seen"):
+        log = open_event_log(artifact.features_folder, name)
+        assert log.num_rows == training_set.events[name].num_rows
+        max_length = training_set.schema.history(name).max_length
+        found = source.history(name, users, test.requests.array("@time")[chosen], max_length)
+        stored = newest.histories[name]
+        assert found.offsets[-1] > 50
+        np.testing.assert_array_equal(found.offsets, stored.offsets)
+        np.testing.assert_array_equal(found.times, stored.times)
+        np.testing.assert_array_equal(found.columns["item_id"], stored.features["item_id"])  # type: ignore[arg-type]

@@ -20,7 +20,9 @@ from typer.testing import CliRunner
 from recsys.cli import app
 from recsys.commands.demo_service import Service
 from recsys.errors import UnavailableError
+from recsys.training_set import TrainingSet
 from tests.synthetic import SCHEMA, SPLIT, write_views
+from tests.training_sets import arrive, write_days
 
 Run = Callable[..., Any]
 
@@ -352,6 +354,49 @@ def test_data_converts(tmp_path: Path, dataset: Callable[[str], Path]) -> None:
     summary = answer("data", "movielens_1m", "--raw", raw, "-o", tmp_path / "views")
     assert summary["rows_written"]["users"] == 6040
     assert pq.read_metadata(tmp_path / "views" / "users.parquet").num_rows == 6040
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+def test_a_set_is_built_by_workers_and_grows_day_by_day(place: Path, tmp_path: Path) -> None:
+    views = write_days(tmp_path)
+    arrive(tmp_path, range(8))
+    shutil.copy(place / "schema.yaml", tmp_path)
+    experiment = yaml.safe_load((place / "tiny.yaml").read_text())
+    experiment["data"] |= {"views": str(views), "training_set": str(tmp_path / "set")}
+    experiment["training"]["epochs"] = 1
+    config = tmp_path / "grows.yaml"
+    config.write_text(yaml.safe_dump(experiment))
+    nothing = invoke("data", "append", config)
+    assert nothing.exit_code == 2
+    assert "must hold a training set, got no manifest.json" in nothing.stderr
+    built = answer("build", config, "--workers", 2)
+    local = answer("build", config, "--set", f"data.training_set={tmp_path / 'local'}")
+    assert {**built, "seconds": 0, "training_set": ""} == {**local, "seconds": 0, "training_set": ""}
+    sums = [
+        {n: f["sha256"] for n, f in TrainingSet.open(tmp_path / s).manifest["files"].items()} for s in ("set", "local")
+    ]
+    assert sums[0] == sums[1]
+    assert answer("data", "append", config)["skipped"]
+    for day in (8, 9):
+        arrive(tmp_path, range(day, day + 1))
+        shown = invoke("data", "append", config)
+        assert shown.exit_code == 0, shown.stderr
+        assert "appended in" in shown.stdout
+    rebuilt = answer("build", config, "--set", f"data.training_set={tmp_path / 'rebuilt'}")
+    grown = answer("build", config)
+    assert grown["skipped"], "an appended set is up to date"
+    for counted in ("rows", "requests", "users", "items", "time_spans", "quarantined", "unused_events"):
+        assert grown[counted] == rebuilt[counted]
+    assert answer("data", "check-leaks", config)["is_clean"]
+    report = answer("train", config, "--run", tmp_path / "run")
+    assert report
+    assert answer("export", tmp_path / "run", "-o", tmp_path / "artifact", "--compile", "never")
+    pruned = answer("data", "prune", config, "--keep", 1)
+    assert [Path(p).name for p in pruned["pruned"]] == ["000001"]
+    assert [Path(p).name for p in pruned["kept"]] == ["000002"]
+    assert "nothing" in invoke("data", "prune", config, "--keep", 1).stdout
+    TrainingSet.open(tmp_path / "set", verify=True)
 
 
 @pytest.mark.slow
