@@ -7,8 +7,10 @@ round, times end after 2200 and are set aside as broken rows.) So the spans of a
 * **error**: at least 99 of 100 times of a log lie before 1990, and would lie between 1990 and 2100 if they counted
   1,000, 1,000,000 or 1,000,000,000 times as long. Times that only number the rows of a log that has none (seconds,
   counted from 1970) are not taken for that: they would not fit whatever they counted.
-* **error**: at least 99 of 100 events lie more than ten years before the first impression.
-* **note**: at least 99 of 100 times of a log lie before 1990, and fit no unit.
+* **error**: at least 99 of 100 events lie more than ten years before the first impression; or of the events of one
+  type, where these are at least 1 of 100 events.
+* **note**: at least 99 of 100 times of a log lie before 1990, and fit no unit; or fewer, but at least one of 1,000,
+  so that two units may be mixed.
 * **note**: of the events of a type, fewer than one of 100 lie before the last impression, so that histories cannot
   hold the others; or all lie more than a year before the first impression.
 
@@ -39,6 +41,7 @@ MAX_TYPES = 50
 
 _FIRST_YEAR, _LAST_YEAR = 1990, 2100
 _SHARE = 0.99
+_MIXED = 0.001
 _FACTORS = (1_000, 1_000_000, 1_000_000_000)
 _UNITS: tuple[TimeUnit, ...] = ("ns", "us", "ms", "s")
 _BEGIN, _END = (int(datetime(year, 1, 1, tzinfo=UTC).timestamp()) * 1_000_000 for year in (_FIRST_YEAR, _LAST_YEAR))
@@ -179,9 +182,15 @@ def check_unit(times: np.ndarray | TimeCounts, of: TimeColumn) -> list[str]:
     """
     counts = times if isinstance(times, TimeCounts) else TimeCounts.of(times)
     num_rows = counts.num_rows
-    if not num_rows or counts.before(_BEGIN) < _SHARE * num_rows:
+    early = counts.before(_BEGIN) if num_rows else 0
+    if early < max(_MIXED * num_rows, 1):
         return []
     first, last = counts.span
+    if early < _SHARE * num_rows:
+        return [
+            f"{of.field}.time: {early:,} of {num_rows:,} times of column {of.column!r} lie before {_FIRST_YEAR}, from "
+            f"{iso(first)} on, and the others do not: two units may be mixed"
+        ]
     read = f"{of.place}: {of.field}.time: column {of.column!r}"
     for factor in _FACTORS:
         begin, end = _BEGIN // factor, _END // factor
@@ -221,7 +230,7 @@ def check_overlap(
         and notes.
 
     Raises:
-        SourceError: (nearly) all events lie more than ten years before the first impression.
+        SourceError: (nearly) all events, or those of a type, lie more than ten years before the first impression.
     """
     counts = events if isinstance(events, TimeCounts) else TimeCounts.of(events, types, impressions)
     if not counts.num_rows:
@@ -245,6 +254,14 @@ def check_overlap(
     for kind in found.iter_rows(named=True):
         name = _name(kind["type"], typed=counts.is_typed)
         spans[name] = (iso(kind["first"]), iso(kind["last"]))
+        is_long_before = kind[f"before {first - MAX_GAP_YEARS * YEAR}"] >= _SHARE * kind["rows"]
+        if is_long_before and kind["rows"] >= (1 - _SHARE) * counts.num_rows:
+            raise SourceError(
+                f"{of.place}: {of.field}.time: column {of.column!r} must hold, for {name}, times of which some lie "
+                f"within {MAX_GAP_YEARS} years of the first impression, {iso(first)}, got {iso(kind['first'])} to "
+                f"{iso(kind['last'])}",
+                hint="the times of that type may have been written in another unit than the others: write them again",
+            )
         note = _note(kind, first, last)
         if note is not None:
             notes.append(f"{name}: {note}; {of.field}.time_unit says {of.unit}" if of.unit else f"{name}: {note}")

@@ -108,7 +108,7 @@ def test_timestamps_that_were_made_in_the_wrong_unit_are_an_error(tmp_path: Path
 
 
 def test_a_few_odd_times_decide_nothing() -> None:
-    right = np.full(1000, HERE)
+    right = np.full(10_000, HERE)
     right[:9] = HERE // 1000
     assert check_unit(right, column()) == []
     wrong = np.full(1000, HERE // 1000)
@@ -230,3 +230,29 @@ def test_every_type_that_never_occurs_is_named(tmp_path: Path) -> None:
         f"history 'clicked': there is no event of type {name!r}" for name in ("buy", "clik")
     ]
     assert "did you mean 'click'" in notes[1]
+
+
+def test_two_units_in_one_column_are_a_note() -> None:
+    times = np.full(1000, HERE)
+    times[:400] = HERE // 1_000_000
+    assert check_unit(times, column()) == [
+        "views.events.time: 400 of 1,000 times of column 'at' lie before 1990, from 1970-01-01T00:26:40+00:00 on, and "
+        "the others do not: two units may be mixed"
+    ]
+
+
+def test_one_type_in_another_unit_is_an_error_that_names_it() -> None:
+    times = np.full(1000, HERE - YEAR // 12)
+    types = pl.Series(["view"] * 900 + ["click"] * 100)
+    times[900:] //= 1000
+    with pytest.raises(SourceError, match="for events of type 'click', times of which some lie within 10 years"):
+        check_overlap(times, types, (HERE, HERE + YEAR), column())
+
+
+def test_a_rare_old_type_is_a_note() -> None:
+    times = np.full(1000, HERE - YEAR // 12)
+    types = pl.Series(["view"] * 995 + ["odd"] * 5)
+    times[995:] -= 11 * YEAR
+    _, notes = check_overlap(times, types, (HERE, HERE + YEAR), column())
+    assert len(notes) == 1
+    assert "'odd'" in notes[0]
