@@ -189,8 +189,8 @@ def check_unit(times: np.ndarray | TimeCounts, of: TimeColumn) -> list[str]:
     if early < _SHARE * num_rows:
         return [
             (
-                f"{of.field}.time: {early:,} of {num_rows:,} times of column {of.column!r} lie before {_FIRST_YEAR}, from "
-                f"{iso(first)} on, and the others do not: two units may be mixed"
+                f"{of.field}.time: {early:,} of {num_rows:,} times of column {of.column!r} lie before {_FIRST_YEAR}, "
+                f"from {iso(first)} on, and the others do not: two units may be mixed"
             )
         ]
     read = f"{of.place}: {of.field}.time: column {of.column!r}"

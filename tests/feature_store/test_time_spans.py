@@ -237,8 +237,8 @@ def test_two_units_in_one_column_are_a_note() -> None:
     times[:400] = HERE // 1_000_000
     assert check_unit(times, column()) == [
         (
-            "views.events.time: 400 of 1,000 times of column 'at' lie before 1990, from 1970-01-01T00:26:40+00:00 on, and "
-            "the others do not: two units may be mixed"
+            "views.events.time: 400 of 1,000 times of column 'at' lie before 1990, from 1970-01-01T00:26:40+00:00 on, "
+            "and the others do not: two units may be mixed"
         )
     ]
 
