@@ -37,6 +37,7 @@ class Joined:
         logs: the event log of each history.
         num_unused_events: events that are in no history.
         time_spans: first and last time of the impressions and of each event type, as ISO 8601 text.
+        happened: ``(E,)`` int64, valid rows of the events view; None if it is not read.
         derived: of each derived value, one a request or one an impression by its scope: numbers, NaN where missing; of
             versions, the row of their view, -1 where there is none.
     """
@@ -51,15 +52,17 @@ class Joined:
     logs: Mapping[str, EventLog]
     num_unused_events: int
     time_spans: Mapping[str, tuple[str, str]]
+    happened: np.ndarray | None = None
     derived: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     @classmethod
-    def join(cls, views: Views, stage: Callable[[str], None]) -> Self:
+    def join(cls, views: Views, stage: Callable[[str], None], *, is_derived: bool = True) -> Self:
         """Checks every row, numbers the entities, groups the impressions, sorts the events.
 
         Args:
             views: the opened views.
             stage: called with the name of each stage as it begins.
+            is_derived: whether to compute the derived values of every impression.
 
         Raises:
             QuarantineError: too many rows of a view are broken.
@@ -92,11 +95,12 @@ class Joined:
             logs=logs,
             num_unused_events=num_unused,
             time_spans=spans,
+            happened=happened,
         )
-        if not views.schema.derived:
+        if not views.schema.derived or not is_derived:
             return joined
         stage("Computing derived values")
-        return replace(joined, derived=compute_derived(joined, happened))
+        return replace(joined, derived=compute_derived(joined))
 
     @property
     def schema(self) -> Schema:

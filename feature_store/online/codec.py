@@ -42,7 +42,8 @@ _HEADER = np.dtype(
      ("expires", "<i8")]
 )  # fmt: skip
 _HEADER_WORDS = _HEADER.itemsize // 8
-_KINDS = {"user": 1, "item": 2, "history": 3}
+_KINDS = {"user": 1, "item": 2, "history": 3, "values": 4, "rows": 5}
+_TIMED = ("history", "rows")
 _TIME = "@time"
 _START_MASK = 2**32 - 1
 _NO_WORDS = np.empty(0, np.uint64)
@@ -73,6 +74,7 @@ class _Field:
     type: np.dtype[Any]
     dim: int | None  # of dense features
     is_bag: bool
+    read_as: np.dtype[Any]
 
 
 class Codec:
@@ -80,23 +82,35 @@ class Codec:
 
     Args:
         encoder: whose ids and numbers the values hold.
-        kind: ``"user"``, ``"item"`` or ``"history"``.
+        kind: ``"user"``, ``"item"``, ``"history"``, ``"values"`` or ``"rows"``.
         features: in the order in which they are stored.
         name: what the values are, for messages.
+        numbers: what is stored beside features as it is: types, ``"<f8"``, ``"<i8"`` or ``"<u1"``, by name.
+        meaning: what else the values depend on; another one makes them unreadable.
 
     Attributes:
         features: names, in order.
         digest: first 8 bytes of a sha256 over the encoder's fingerprint and the layout.
     """
 
-    def __init__(self, encoder: Encoder, kind: str, features: Sequence[str], *, name: str) -> None:
+    def __init__(
+        self,
+        encoder: Encoder,
+        kind: str,
+        features: Sequence[str],
+        *,
+        name: str,
+        numbers: Mapping[str, str] | None = None,
+        meaning: Any = None,
+    ) -> None:
         self.name = name
         self.features = tuple(features)
         self._encoder = encoder
         self._kind = _KINDS[kind]
         self._start = _MAGIC | FORMAT_VERSION << 8 | self._kind << 16
-        self._has_times = kind == "history"
+        self._has_times = kind in _TIMED
         self._fields = [_field(encoder, encoder.schema.feature(f)) for f in features]
+        self._fields += [_Field(n, np.dtype(t), None, False, np.dtype(t)) for n, t in (numbers or {}).items()]
         self._bags = [f.name for f in self._fields if f.is_bag]
         large = any(encoder.table_sizes[_table(encoder, bag)] > 2**32 for bag in self._bags)
         self._id_type = np.dtype("<i8" if large else "<u4")
@@ -111,6 +125,8 @@ class Codec:
             "bags": dict.fromkeys(self._bags, self._id_type.str),
             "encoder": encoder.fingerprint,
         }
+        if meaning is not None:
+            layout["meaning"] = meaning
         self.digest = int.from_bytes(hashlib.sha256(fingerprint(layout).encode()).digest()[:8], "little")
 
     def _record_type(self) -> np.dtype[Any]:
@@ -260,7 +276,7 @@ class Codec:
                 columns[field.name] = Ragged(ids[ranges(place, num_ids)].astype(np.int64), bag_offsets)
                 place = place + num_ids
             else:
-                columns[field.name] = stored.astype(np.int64 if field.dim is None else np.float32)
+                columns[field.name] = stored.astype(field.read_as)
         if ((place + (per_word - 1)) // per_word != starts[1:]).any():
             raise _broken(self.name)
         times = records[_TIME].astype(np.int64) if self._has_times else _NO_TIMES
@@ -344,9 +360,9 @@ def _table(encoder: Encoder, feature: str) -> str:
 
 def _field(encoder: Encoder, feature: Feature) -> _Field:
     if isinstance(feature, Dense):
-        return _Field(feature.name, np.dtype("<f4"), feature.dim, is_bag=False)
+        return _Field(feature.name, np.dtype("<f4"), feature.dim, False, np.dtype(np.float32))
     if isinstance(feature, MultiCategorical):
-        return _Field(feature.name, np.dtype("<u4"), None, is_bag=True)
+        return _Field(feature.name, np.dtype("<u4"), None, True, np.dtype(np.int64))
     size = encoder.table_sizes[feature.table_name]
     width = next((w for w in (1, 2, 4) if size <= 2 ** (8 * w)), 8)
-    return _Field(feature.name, np.dtype(f"<u{width}" if width < 8 else "<i8"), None, is_bag=False)
+    return _Field(feature.name, np.dtype(f"<u{width}" if width < 8 else "<i8"), None, False, np.dtype(np.int64))
