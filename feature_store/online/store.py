@@ -289,12 +289,9 @@ class OnlineStore:
         if not self.layout.is_empty:
             item_keys = [key[len(ITEM_VALUES) :] for key in asked[first + num_items : first + 2 * num_items]]
             derived = self._derived(found[first + num_items :], item_keys, num_users, now)
-        return Read(
-            self._entities(self._users, found[:num_users], now),
-            self._entities(self._items, found[first : first + num_items], now),
-            events,
-            derived,
-        )
+        found_users = self._entities(self._users, found[:num_users], now)
+        del found[first + num_items :], found[:first]
+        return Read(found_users, self._entities(self._items, found, now), events, derived)
 
     def request_keys(self, users: Array, items: Array, histories: Sequence[str] | None = None) -> list[bytes]:
         """Keys of all that :meth:`read` reads: users, their histories one by one, items, then derived values."""
@@ -763,14 +760,14 @@ def _chosen(events: Events, is_chosen: np.ndarray) -> Events:
 
 def _live(codec: Codec, found: Sequence[bytes | None], now: int) -> tuple[Decoded, np.ndarray]:
     """The values that are there and have not expired, decoded, and which those are."""
-    values: Sequence[bytes]
-    if None in found:
+    values = cast("Sequence[bytes]", found)
+    try:
+        # Joining bytes is how it is noticed that some are missing: looking for them costs as much again.
+        decoded, is_known = codec.decode(values), np.ones(len(found), np.bool_)
+    except TypeError:
         is_known = np.fromiter((value is not None for value in found), np.bool_, len(found))
         values = [value for value in found if value is not None]
-    else:
-        is_known = np.ones(len(found), np.bool_)
-        values = cast("Sequence[bytes]", found)
-    decoded = codec.decode(values)
+        decoded = codec.decode(values)
     is_live = decoded.expires > now
     if not is_live.all():
         is_known[is_known] = is_live

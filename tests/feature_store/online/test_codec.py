@@ -137,8 +137,8 @@ def test_broken_bytes_are_an_error_and_never_values(names: list[str], num_values
     with pytest.raises(IntegrityError):
         codec.decode([*values[1:], *values_of(ENCODER, "history", names, 1)])
     newer = bytearray(values[0])
-    newer[1] = 2
-    with pytest.raises(IntegrityError, match="format 1"):
+    newer[1] = 3
+    with pytest.raises(IntegrityError, match="format 2"):
         codec.decode([*values[1:], bytes(newer)])
 
 
