@@ -177,19 +177,27 @@ def build_training_set(
 
 def inputs_of(schema: Schema, data: DataConfig) -> dict[str, Any]:
     """Everything that decides what is built."""
-    files = [
-        dict(located.identity)
-        for view, pattern in view_paths(schema).items()
-        for located in locate(view, data.views_root, pattern, view_format(schema, view))
-    ]
     return {
         "build_version": BUILD_VERSION,
         "format_version": FORMAT_VERSION,
         "schema_fingerprint": fingerprint(schema),
         "split": data.split.boundaries,
         "max_quarantined_fraction": data.max_quarantined_fraction,
-        "files": files,
+        "files": view_files(schema, data),
     }
+
+
+def view_files(schema: Schema, data: DataConfig) -> list[dict[str, Any]]:
+    """Name, size and time of change of every file of the views that are read.
+
+    Raises:
+        SourceError: there is none.
+    """
+    return [
+        dict(located.identity)
+        for view, pattern in view_paths(schema).items()
+        for located in locate(view, data.views_root, pattern, view_format(schema, view))
+    ]
 
 
 def _finished(training_set: str, inputs: Mapping[str, Any]) -> BuildSummary | None:

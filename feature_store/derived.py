@@ -16,9 +16,10 @@ import numpy as np
 import polars as pl
 
 from feature_store.sources import feature_use
-from feature_store.views import Views, version_view, windowed
+from feature_store.views import Views, windowed
 from recsys.derived import AsOf, Derived, Mean, Ratio, Sum, Windowed, duration_us
 from recsys.errors import SourceError
+from recsys.schema import VersionedView
 from recsys.windows import GroupedRows, LatestVersion, WindowedValue, in_units, ratio
 
 if TYPE_CHECKING:
@@ -28,12 +29,11 @@ CHUNK = 1 << 20
 """Look-ups at once."""
 
 
-def compute_derived(joined: Joined, happened: np.ndarray | None) -> Mapping[str, np.ndarray]:
+def compute_derived(joined: Joined) -> Mapping[str, np.ndarray]:
     """Every derived value of a schema.
 
     Args:
         joined: everything but the derived values.
-        happened: ``(E,)`` int64, valid rows of the events view; None if it is not read.
 
     Returns:
         By name: ``(R,)`` or ``(N,)`` by its scope; float64 with NaN where missing, of versions int64 rows of their view
@@ -43,55 +43,70 @@ def compute_derived(joined: Joined, happened: np.ndarray | None) -> Mapping[str,
         QuarantineError: too many versions are broken.
         SourceError: an expression does not fit its columns, or does not give what it must.
     """
-    return _Computation(joined, happened).run()
+    return Computation(joined).run()
 
 
-class _Log:
+class Log:
     """Valid rows of a log.
 
     Attributes:
+        source: the view.
         source_row: ``(E,)`` int64, rows of the view.
         user_row: ``(E,)`` int64.
         item_row: ``(E,)`` int64.
         time: ``(E,)`` int64.
     """
 
-    def __init__(self, source_row: np.ndarray, user_row: np.ndarray, item_row: np.ndarray, time: np.ndarray) -> None:
+    def __init__(
+        self, source: str, source_row: np.ndarray, user_row: np.ndarray, item_row: np.ndarray, time: np.ndarray
+    ) -> None:
+        self.source = source
         self.source_row = source_row
         self.user_row = user_row
         self.item_row = item_row
         self.time = time
 
 
-class _Computation:
-    def __init__(self, joined: Joined, happened: np.ndarray | None) -> None:
+class Computation:
+    """Reads the rows of logs and versions, and computes from them.
+
+    Args:
+        joined: everything but the derived values.
+    """
+
+    def __init__(self, joined: Joined) -> None:
         self.joined = joined
         self.views: Views = joined.views
         self.schema = joined.schema
-        self._happened = happened
         self._codes: dict[str, tuple[np.ndarray, int]] = {}
         self._folder = self.views.staging / "derived"
         self._folder.mkdir(parents=True, exist_ok=True)
 
     def run(self) -> dict[str, np.ndarray]:
+        """Every value of every request, or of every impression."""
         found: dict[str, np.ndarray] = {}
-        logs: dict[str, _Log] = {}
+        logs: dict[str, Log] = {}
         for (source, by, created), specs in self._alike().items():
             if source not in logs:
-                logs = {source: self._log(source)}
-            log = logs[source]
-            key, is_grouped = self._keys(by, log.user_row, log.item_row)
-            known = None if created is None else self.views.created(source, created)[log.source_row][is_grouped]
-            rows = GroupedRows(key[is_grouped], log.time[is_grouped], known)
-            for spec in specs:
-                value = self._value(spec, log, rows, is_grouped)
+                logs = {source: self.log(source)}
+            for spec, value in self.values(specs, logs[source], by, created):
                 found[spec.name] = self._filled(spec, np.float64, partial(self._at, value))
         for view in self.schema.views.versions:
-            found.update(self._versions(view.name))
+            found.update(self._versions(view))
         for derived in self.schema.derived:
             if isinstance(derived, Ratio):
                 found[derived.name] = self._ratio(derived, found)
         return {derived.name: found[derived.name] for derived in self.schema.derived}
+
+    def values(
+        self, specs: Sequence[Windowed], log: Log, by: Sequence[str], created: str | None
+    ) -> Iterator[tuple[Windowed, WindowedValue]]:
+        """Values of the same groups of a log's rows, ready to be looked up."""
+        key, is_grouped = self.keys(by, log.user_row, log.item_row)
+        known = None if created is None else self.views.created(log.source, created)[log.source_row][is_grouped]
+        rows = GroupedRows(key[is_grouped], log.time[is_grouped], known)
+        for spec in specs:
+            yield spec, WindowedValue.build(spec, rows, *self.counted(spec, log.source_row[is_grouped]))
 
     def _alike(self) -> dict[tuple[str, tuple[str, ...], str | None], list[Windowed]]:
         """Values of the same rows in the same groups, log by log."""
@@ -100,24 +115,25 @@ class _Computation:
             alike.setdefault((spec.source, spec.by, spec.created), []).append(spec)
         return alike
 
-    def _log(self, source: str) -> _Log:
+    def log(self, source: str) -> Log:
+        """The valid rows of ``"events"`` or ``"impressions"``."""
         views, joined = self.views, self.joined
         if source == "impressions":
             user_row = np.repeat(joined.user_row, joined.requests.row_counts)
             time = views.time("impressions")[joined.source_row]
-            return _Log(joined.source_row, user_row, joined.item_row, time)
-        rows = self._happened
+            return Log(source, joined.source_row, user_row, joined.item_row, time)
+        rows = joined.happened
         assert rows is not None
         user_row = joined.users.rows_of(views.keys("events", "user").gather(rows))
         item_row = joined.items.rows_of(views.keys("events", "item").gather(rows))
-        return _Log(rows, user_row, item_row, views.time("events")[rows])
+        return Log(source, rows, user_row, item_row, views.time("events")[rows])
 
-    def _keys(self, by: Sequence[str], user_row: np.ndarray, item_row: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def keys(self, by: Sequence[str], user_row: np.ndarray, item_row: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The group of each row, and whether it has one: a row whose attribute is missing belongs to none."""
         key = np.zeros(len(user_row), np.int64)
         is_grouped = np.ones(len(user_row), np.bool_)
         for name in by:
-            codes, size, scope = self._coded(name)
+            codes, size, scope = self.coded(name)
             row = user_row if scope == "user" else item_row
             code = row if codes is None else codes[row]
             is_grouped &= code >= 0
@@ -126,7 +142,7 @@ class _Computation:
         key[~is_grouped] = -1
         return key, is_grouped
 
-    def _coded(self, name: str) -> tuple[np.ndarray | None, int, str]:
+    def coded(self, name: str) -> tuple[np.ndarray | None, int, str]:
         """The number of each entity's group, -1 where its attribute is missing; how many; and whose it is."""
         joined = self.joined
         if name in ("user", "item"):
@@ -149,26 +165,36 @@ class _Computation:
         joined = self.joined
         if self._scope_of(by) == "context":
             user_row = joined.user_row[part]
-            return self._keys(by, user_row, user_row)[0], joined.requests.time[part]
+            return self.keys(by, user_row, user_row)[0], joined.requests.time[part]
         request = self._requests_of(part)
-        return self._keys(by, joined.user_row[request], joined.item_row[part])[0], joined.requests.time[request]
+        return self.keys(by, joined.user_row[request], joined.item_row[part])[0], joined.requests.time[request]
 
     def _at(self, value: WindowedValue, part: slice) -> np.ndarray:
         return value.at(*self._asked(value.spec.by, part))
 
     def _scope_of(self, by: Sequence[str]) -> str:
-        return "context" if all(self._coded(name)[2] == "user" for name in by) else "candidate"
+        return "context" if all(self.coded(name)[2] == "user" for name in by) else "candidate"
 
     def _requests_of(self, rows: slice) -> np.ndarray:
         """``(n,)``: the request of each impression."""
         starts = self.joined.requests.row_start
         return np.searchsorted(starts, np.arange(rows.start, rows.stop), side="right") - 1
 
-    def _value(self, spec: Windowed, log: _Log, rows: GroupedRows, is_grouped: np.ndarray) -> WindowedValue:
-        """Filters a log's rows, reads their values."""
+    def counted(self, spec: Windowed, source_row: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+        """What some rows of a log add to a value.
+
+        Args:
+            spec: the value.
+            source_row: ``(E,)`` int64, rows of the view.
+
+        Returns:
+            ``(E,)`` bool, whether each counts; and of a sum and of a mean ``(E,)`` int64, its value in units.
+
+        Raises:
+            SourceError: an expression does not fit its columns, or does not give what it must.
+        """
         views = self.views
-        is_counted = np.ones(int(np.count_nonzero(is_grouped)), np.bool_)
-        source_row = log.source_row[is_grouped]
+        is_counted = np.ones(len(source_row), np.bool_)
         if spec.event_types is not None:
             types = views.event_types()
             assert types is not None
@@ -176,7 +202,7 @@ class _Computation:
         if spec.where is not None:
             is_counted &= self._computed(spec, spec.where, "where")[source_row]
         if not isinstance(spec, Sum | Mean):
-            return WindowedValue.build(spec, rows, is_counted)
+            return is_counted, None
         values = self._computed(spec, spec.value, "value")[source_row]
         is_counted &= ~np.isnan(values)
         try:
@@ -184,7 +210,7 @@ class _Computation:
         except ValueError as err:
             place = f"{views.sources[spec.source].place}: derived value {spec.name!r}: value"
             raise SourceError(f"{place} {err}", hint="scale it in the expression, or give fewer decimals") from err
-        return WindowedValue.build(spec, rows, is_counted, units)
+        return is_counted, units
 
     def _computed(self, spec: Windowed, text: str, field: str) -> np.ndarray:
         """An expression over all rows of a view: booleans for ``where``, float64 with NaN for ``value``."""
@@ -202,21 +228,23 @@ class _Computation:
             return series.cast(pl.Boolean).fill_null(False).to_numpy()
         return series.cast(pl.Float64).fill_null(np.nan).to_numpy()
 
-    def _versions(self, name: str) -> Iterator[tuple[str, np.ndarray]]:
-        """The version that each value of one view reads."""
+    def versions(self, view: VersionedView) -> tuple[np.ndarray, LatestVersion]:
+        """The rows of a view of versions whose entity is known, and which of them is the latest when."""
         views, joined = self.views, self.joined
-        view = version_view(self.schema, name)
-        assert view is not None
         entities = joined.users if view.of == "user" else joined.items
-        rows = views.valid_rows(name)
-        row_of_entity = entities.rows_of(views.keys(name, view.of).gather(rows))
+        rows = views.valid_rows(view.name)
+        row_of_entity = entities.rows_of(views.keys(view.name, view.of).gather(rows))
         is_known = row_of_entity > 0
         rows, row_of_entity = rows[is_known], row_of_entity[is_known]
-        created = None if view.created is None else views.created(name, view.created)[rows]
-        ranks = _ranks(views.version_columns(name)[rows])
-        latest = LatestVersion.build(row_of_entity, views.time(name)[rows], created, ranks)
+        created = None if view.created is None else views.created(view.name, view.created)[rows]
+        ranks = _ranks(views.version_columns(view.name)[rows])
+        return rows, LatestVersion.build(row_of_entity, views.time(view.name)[rows], created, ranks)
+
+    def _versions(self, view: VersionedView) -> Iterator[tuple[str, np.ndarray]]:
+        """The version that each value of one view reads."""
+        rows, latest = self.versions(view)
         for derived in self.schema.derived:
-            if isinstance(derived, AsOf) and derived.view == name:
+            if isinstance(derived, AsOf) and derived.view == view.name:
                 max_age = None if derived.max_age is None else duration_us(derived.max_age)
 
                 def find(part: slice, max_age: int | None = max_age) -> np.ndarray:

@@ -79,6 +79,7 @@ class Joined:
         logs: the event log of each history.
         num_unused_events: events that are in no history.
         time_spans: first and last time of the impressions and of each event type, as ISO 8601 text.
+        happened: ``(E,)`` int64, valid rows of the events view; None if it is not read, or nothing is derived.
         derived: of each derived value, one a request or one an impression by its scope: numbers, NaN where missing; of
             versions, the row of their view, -1 where there is none.
     """
@@ -93,6 +94,7 @@ class Joined:
     logs: Mapping[str, EventLog]
     num_unused_events: int
     time_spans: Mapping[str, tuple[str, str]]
+    happened: np.ndarray | None = None
     derived: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     @classmethod
@@ -104,6 +106,7 @@ class Joined:
         known: Mapping[str, Table] | None = None,
         not_before: int | None = None,
         work: EventWork | None = None,
+        is_derived: bool = True,
     ) -> Self:
         """Checks every row, numbers the entities, groups the impressions, sorts the events.
 
@@ -113,6 +116,7 @@ class Joined:
             known: tables of users and of items, by scope, whose rows keep their places; new ones come after them.
             not_before: UTC microseconds; earlier impressions are set aside.
             work: who looks through the events; this process if not given.
+            is_derived: whether to compute the derived values of every impression.
 
         Raises:
             QuarantineError: too many rows of a view are broken.
@@ -155,12 +159,12 @@ class Joined:
             logs=logs,
             num_unused_events=num_unused,
             time_spans=checks.spans if shown_span is None else {"impressions": shown_span, **checks.spans},
+            happened=None if happened is None or not views.schema.derived else np.flatnonzero(happened.is_valid),
         )
-        if not views.schema.derived:
+        if not views.schema.derived or not is_derived:
             return joined
         stage("Computing derived values")
-        rows = None if happened is None else np.flatnonzero(happened.is_valid)
-        return replace(joined, derived=compute_derived(joined, rows))
+        return replace(joined, derived=compute_derived(joined))
 
     @property
     def schema(self) -> Schema:

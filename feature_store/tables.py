@@ -38,6 +38,17 @@ def write_tables(
         splits: requests of each split.
         stage: called with the name of each stage as it begins.
     """
+    write_entities(folder, joined, encoder, stage=stage)
+    long_histories = LongHistories(joined)
+    for name, requests in splits.items():
+        stage(f"Writing {name}")
+        write_impressions(folder / name / "impressions.arrow", joined, encoder, joined.rows_of(requests))
+        _write_requests(folder / name / "requests.arrow", joined, encoder, requests, long_histories)
+    joined.views.notes += long_histories.notes
+
+
+def write_entities(folder: Path, joined: Joined, encoder: Encoder, *, stage: Callable[[str], None]) -> None:
+    """Writes users, items and event logs; arguments as for :func:`write_tables`."""
     stage("Writing users")
     _write_users(folder / "users.arrow", joined, encoder)
     stage("Writing items")
@@ -45,12 +56,6 @@ def write_tables(
     for history in joined.schema.histories:
         stage(f"Writing events of {history.name}")
         _write_events(folder / "events" / f"{history.name}.arrow", joined, encoder, history.name)
-    long_histories = LongHistories(joined)
-    for name, requests in splits.items():
-        stage(f"Writing {name}")
-        write_impressions(folder / name / "impressions.arrow", joined, encoder, joined.rows_of(requests))
-        _write_requests(folder / name / "requests.arrow", joined, encoder, requests, long_histories)
-    joined.views.notes += long_histories.notes
 
 
 def _write_users(path: Path, joined: Joined, encoder: Encoder) -> None:

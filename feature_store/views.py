@@ -268,6 +268,13 @@ class Views:
         uses = [use for use in self.uses(view) if use.column in columns]
         return self.sources[view].computed(expression, uses, reader)
 
+    def column_types(self, view: str, texts: Sequence[str]) -> dict[str, str]:
+        """Polars types of the columns that SQL expressions read, as they read them."""
+        names = {column for text in texts for column in row_expression(text, view)[1]}
+        source = self.sources[view]
+        types = source.frame.select(**{u.column: source.typed(u) for u in self.uses(view) if u.column in names})
+        return {name: str(kind) for name, kind in types.collect_schema().items()}
+
     def version_values(self, feature: Feature, derived: AsOf) -> pl.Series:
         """Raw values of a feature in every row of its view of versions."""
         return self.sources[derived.view].column(self._version_use(feature, derived))

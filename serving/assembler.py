@@ -10,8 +10,8 @@ For every feature, the first of these that there is:
 3. what the feature source knows;
 4. the unknown value.
 
-Derived values (:mod:`recsys.derived`) are the exception: no feature source gives them, and the unknown value in their
-place would be another than the model was trained on. A request that does not bring them is refused.
+Derived values (:mod:`recsys.derived`) are the exception: the unknown value in their place would be another than the
+model was trained on. A request that does not bring them, and whose feature source does not give them, is refused.
 
 Shapes: R requests, N candidates, S events of all requests together.
 """
@@ -31,7 +31,7 @@ from recsys.encoding.columns import Array
 from recsys.encoding.encoder import EncodedColumn, Encoder, Ragged
 from recsys.errors import EncodingError, RequestError
 from recsys.schema import Feature, History, Schema, Scope
-from serving.features import Events, FeatureSource, take_rows
+from serving.features import Derived, Events, FeatureSource, take_rows
 from serving.request import InlineHistory, Key, RankRequest, raise_problems
 
 
@@ -131,7 +131,7 @@ class Assembler:
         self._by_scope: dict[Scope, tuple[Feature, ...]] = {
             scope: self.schema.features_of(scope) for scope in ("user", "item", "context", "candidate")
         }
-        self._derived = {f.name for f in self.schema.features if self.schema.derived_of(f) is not None}
+        self._derived = [f for f in self.schema.features if self.schema.derived_of(f) is not None]
         self._attributes = {h.name: [self.schema.feature(a) for a in h.attributes] for h in self.schema.histories}
 
     def batch(self, requests: Sequence[RankRequest]) -> Assembled:
@@ -160,12 +160,14 @@ class Assembler:
         known_R = {shown.time: raw.time, shown.user: raw.users}
         row_time = raw.time[raw.request_of_row] if raw.row_time is None else raw.row_time
         known_N = {shown.time: row_time, shown.item: raw.items}
+        derived = self._derived_values(stored, raw)
         context = {
-            f.name: self._column(f, raw.context, known_R, None, num_requests, problems)
+            f.name: self._column(f, raw.context, known_R, derived.columns.get(f.name), num_requests, problems, derived)
             for f in self._by_scope["context"]
         }
         candidate = {
-            f.name: self._column(f, raw.row, known_N, None, num_rows, problems) for f in self._by_scope["candidate"]
+            f.name: self._column(f, raw.row, known_N, derived.columns.get(f.name), num_rows, problems, derived)
+            for f in self._by_scope["candidate"]
         }
         histories, num_ignored = {}, 0
         for history in self.schema.histories:
@@ -187,6 +189,14 @@ class Assembler:
             histories=histories,
         )
         return Assembled(batch, is_known_user, is_known_item, num_ignored)
+
+    def _derived_values(self, stored: FeatureSource, raw: RawBatch) -> Derived:
+        """What the feature source gives, if the requests do not bring all of it."""
+        for feature in self._derived:
+            came = (raw.context if feature.scope == "context" else raw.row).get(feature.source_column)
+            if came is None or came.rows is not None:
+                return stored.derived(raw.users, raw.items, raw.time, raw.request_of_row)
+        return Derived({}, {})
 
     def _entities(
         self,
@@ -231,6 +241,7 @@ class Assembler:
         base: EncodedColumn | None,
         n: int,
         problems: list[str],
+        derived: Derived | None = None,
     ) -> EncodedColumn:
         """One encoded column of n rows.
 
@@ -238,13 +249,16 @@ class Assembler:
             given: raw values that came with the requests.
             known: raw values that are known of every request or row, such as its time.
             base: what the column holds where neither says anything.
+            derived: what the source says of derived values.
         """
         column = feature.source_column
         came = given.get(column)
-        if feature.name in self._derived and (came is None or came.rows is not None):
+        if base is None and feature in self._derived and (came is None or came.rows is not None):
+            reason = (derived.refused if derived is not None else {}).get(feature.name)
             problems.append(
                 f"{'context' if feature.scope == 'context' else 'candidates'}.{column} must be given: feature "
-                f"{feature.name!r} reads a derived value, which no feature source gives"
+                f"{feature.name!r} reads a derived value, which "
+                + ("no feature source gives" if reason is None else f"the feature source cannot give: it {reason}")
             )
             return self._encoder.unknown_column(feature.name, n)
         if came is None or came.rows is not None:

@@ -62,6 +62,18 @@ class Events(NamedTuple):
     columns: Mapping[str, EncodedColumn]
 
 
+class Derived(NamedTuple):
+    """Derived values of R requests and N candidates.
+
+    Attributes:
+        columns: encoded, by feature; of R or N rows by its scope.
+        refused: why others cannot be given, by feature; of those in neither nothing is known.
+    """
+
+    columns: Mapping[str, EncodedColumn]
+    refused: Mapping[str, str]
+
+
 class FeatureSource(Protocol):
     """Where a service takes from what a request does not say. Safe to call from several threads.
 
@@ -95,6 +107,16 @@ class FeatureSource(Protocol):
             users: ``(R,)`` keys.
             before: ``(R,)`` int64, UTC microseconds.
             max_length: of each history.
+        """
+
+    def derived(self, users: Array, items: Array, time: np.ndarray, request_of_row: np.ndarray) -> Derived:
+        """Derived values, as of each request's time.
+
+        Args:
+            users: ``(R,)`` keys.
+            items: ``(N,)`` keys.
+            time: ``(R,)`` int64, UTC microseconds.
+            request_of_row: ``(N,)`` int64.
         """
 
 
@@ -199,6 +221,10 @@ class SnapshotFeatures:
         """See :class:`FeatureSource`."""
         return self._known(self._items if self.has_items else None, keys, features, "candidates")
 
+    def derived(self, users: Array, items: Array, time: np.ndarray, request_of_row: np.ndarray) -> Derived:  # noqa: ARG002
+        """See :class:`FeatureSource`."""
+        return Derived({}, {})
+
     def _known(self, entities: _Entities | None, keys: Array, features: Sequence[str], where: str) -> Known:
         if entities is None:
             return unknown(self._encoder, features, len(keys))
@@ -257,6 +283,10 @@ class NoFeatures:
     def history(self, name: str, users: Array, before: np.ndarray, max_length: int) -> Events:  # noqa: ARG002
         """See :class:`FeatureSource`."""
         return no_events(self._encoder, name, len(users))
+
+    def derived(self, users: Array, items: Array, time: np.ndarray, request_of_row: np.ndarray) -> Derived:  # noqa: ARG002
+        """See :class:`FeatureSource`."""
+        return Derived({}, {})
 
 
 def unknown(encoder: Encoder, features: Sequence[str], n: int) -> Known:

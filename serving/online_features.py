@@ -16,7 +16,7 @@ from feature_store.online.location import open_backend
 from feature_store.online.store import Entities, OnlineStore, Read, cut
 from recsys.encoding.columns import Array
 from recsys.encoding.encoder import Encoder
-from serving.features import Events, FeatureSource, Known
+from serving.features import Derived, Events, FeatureSource, Known
 
 
 class OnlineFeatures:
@@ -63,6 +63,10 @@ class OnlineFeatures:
         """See :class:`~serving.features.FeatureSource`."""
         return Events(*cut(self.store.history(name, users), before, max_length))
 
+    def derived(self, users: Array, items: Array, time: np.ndarray, request_of_row: np.ndarray) -> Derived:
+        """See :class:`~serving.features.FeatureSource`."""
+        return Derived(*self.store.derived(users, items, time, request_of_row))
+
 
 class _ReadFeatures:
     """What was read for the users and items of a batch; other keys are asked for anew.
@@ -100,6 +104,11 @@ class _ReadFeatures:
         if users is not self._users:
             return self._source.history(name, users, before, max_length)
         return Events(*cut(self._read.histories[name], before, max_length))
+
+    def derived(self, users: Array, items: Array, time: np.ndarray, request_of_row: np.ndarray) -> Derived:
+        if users is not self._users or items is not self._items:
+            return self._source.derived(users, items, time, request_of_row)
+        return Derived(*self._source.store.derived_of(self._read, time, request_of_row))
 
 
 def _known(found: Entities, features: Sequence[str]) -> Known:

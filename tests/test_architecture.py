@@ -82,6 +82,8 @@ RULES = {
     "feature_store.single_feature": rule(f"{STORED} recsys.metrics", ARRAYS),
     "feature_store.distributed": rule(f"{STORED} feature_store", f"{ARRAYS} polars pydantic rich ray"),
     "feature_store.online": rule(STORED, f"{ARRAYS} pydantic lmdb redis"),
+    # The expressions of a schema over one event: loaded by the first push that computes any, never by a service.
+    "feature_store.online.pushed": rule(f"{STORED} feature_store.expressions feature_store.online", "numpy polars"),
     "training": rule("recsys feature_store", TRAINING),
     "training.power_law": rule("recsys.errors", "numpy"),
     "training.tracking": rule("recsys feature_store training", f"{TRAINING} mlflow pandas"),

@@ -4,14 +4,16 @@
 
     header, 24 bytes    magic u1 · version u1 · kind u1 · 0 u1 · number of records u4 · digest u8 · expires i8
     records             one for an entity, one an event for a history, oldest first; fixed size
-    ids of bags         bag feature after bag feature; how many ids a record has of each is in the record
+    ids of bags         bag feature after bag feature; how many ids a record has of each is in the record; those of an
+                        entity are padded to 32 bytes, so that most entities' values are of one size
 
 A record holds the time (of events), numbers as float32, ids in as few bytes as their table needs, and the length of
 each bag. The *digest* stands for the encoder's fingerprint and the layout of the record: bytes that another encoder, or
 another list of features, gave rise to are refused and never read as ids of this one. *expires* is in UTC microseconds;
 what does not expire holds the greatest int64.
 
-Many values are decoded together: their bytes are joined, and each column is one view or one gather.
+Many values are decoded together: their bytes are joined, and each column is one view, where they are of one size, or
+one gather.
 
 Shapes: V values, S records of all values together.
 """
@@ -32,7 +34,7 @@ from recsys.encoding.encoder import EncodedColumn, Encoder
 from recsys.errors import ArtifactError, IntegrityError
 from recsys.schema import Dense, Feature, MultiCategorical
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 NEVER = 2**63 - 1
 """The expiry of what does not expire: no time is after it."""
 
@@ -42,9 +44,15 @@ _HEADER = np.dtype(
      ("expires", "<i8")]
 )  # fmt: skip
 _HEADER_WORDS = _HEADER.itemsize // 8
-_KINDS = {"user": 1, "item": 2, "history": 3}
+_KINDS = {"user": 1, "item": 2, "history": 3, "values": 4, "rows": 5}
+_TIMED = ("history", "rows")
 _TIME = "@time"
 _START_MASK = 2**32 - 1
+_BLOCK_WORDS = 4
+_WIDEST = 64
+"""Ids of an entity up to which its bags are masked out of a table rather than gathered."""
+_FIRST = np.arange(_WIDEST) < np.arange(_WIDEST + 1)[:, None]
+"""Row ``n`` is true in its first ``n`` places."""
 _NO_WORDS = np.empty(0, np.uint64)
 _NO_TIMES = np.empty(0, np.int64)
 
@@ -73,6 +81,7 @@ class _Field:
     type: np.dtype[Any]
     dim: int | None  # of dense features
     is_bag: bool
+    read_as: np.dtype[Any]
 
 
 class Codec:
@@ -80,28 +89,45 @@ class Codec:
 
     Args:
         encoder: whose ids and numbers the values hold.
-        kind: ``"user"``, ``"item"`` or ``"history"``.
+        kind: ``"user"``, ``"item"``, ``"history"``, ``"values"`` or ``"rows"``.
         features: in the order in which they are stored.
         name: what the values are, for messages.
+        numbers: what is stored beside features as it is: types, ``"<f8"``, ``"<i8"`` or ``"<u1"``, by name.
+        meaning: what else the values depend on; another one makes them unreadable.
 
     Attributes:
         features: names, in order.
         digest: first 8 bytes of a sha256 over the encoder's fingerprint and the layout.
     """
 
-    def __init__(self, encoder: Encoder, kind: str, features: Sequence[str], *, name: str) -> None:
+    def __init__(
+        self,
+        encoder: Encoder,
+        kind: str,
+        features: Sequence[str],
+        *,
+        name: str,
+        numbers: Mapping[str, str] | None = None,
+        meaning: Any = None,
+    ) -> None:
         self.name = name
         self.features = tuple(features)
         self._encoder = encoder
         self._kind = _KINDS[kind]
         self._start = _MAGIC | FORMAT_VERSION << 8 | self._kind << 16
-        self._has_times = kind == "history"
+        self._has_times = kind in _TIMED
         self._fields = [_field(encoder, encoder.schema.feature(f)) for f in features]
+        self._fields += [_Field(n, np.dtype(t), None, False, np.dtype(t)) for n, t in (numbers or {}).items()]
         self._bags = [f.name for f in self._fields if f.is_bag]
         large = any(encoder.table_sizes[_table(encoder, bag)] > 2**32 for bag in self._bags)
         self._id_type = np.dtype("<i8" if large else "<u4")
         self._record = self._record_type()
         self._words = self._record.itemsize // 8
+        # Of one record each, values are padded to have one size.
+        self._block = 1 if self._has_times else _BLOCK_WORDS
+        self._ids_of_block = 8 * self._block // self._id_type.itemsize
+        self._least_blocks = int(bool(self._bags) and not self._has_times)
+        self._tables: dict[int, np.dtype[Any]] = {}
         layout = {
             "format_version": FORMAT_VERSION,
             "kind": kind,
@@ -111,6 +137,8 @@ class Codec:
             "bags": dict.fromkeys(self._bags, self._id_type.str),
             "encoder": encoder.fingerprint,
         }
+        if meaning is not None:
+            layout["meaning"] = meaning
         self.digest = int.from_bytes(hashlib.sha256(fingerprint(layout).encode()).digest()[:8], "little")
 
     def _record_type(self) -> np.dtype[Any]:
@@ -154,7 +182,7 @@ class Codec:
         width = self._id_type.itemsize
         ids_of = {name: np.diff(bag.offsets[offsets]) for name, bag in bags.items()}  # ids of each value, by bag
         num_ids = sum(ids_of.values(), np.zeros(len(counts), np.int64))
-        words = _HEADER_WORDS + counts * self._words + (num_ids * width + 7) // 8
+        words = _HEADER_WORDS + counts * self._words + self._id_words(num_ids)
         starts = offsets_of(words)
         buffer = np.zeros(int(starts[-1]), np.uint64)
         headers = np.zeros(len(counts), _HEADER)
@@ -170,6 +198,12 @@ class Codec:
         content, ends = buffer.tobytes(), (starts * 8).tolist()
         return [content[start:end] for start, end in pairwise(ends)]
 
+    def _id_words(self, num_ids: np.ndarray) -> np.ndarray:
+        """Words that so many ids of a value take."""
+        blocks = np.maximum(-(-num_ids // self._ids_of_block), self._least_blocks)
+        words: np.ndarray = blocks * self._block
+        return words
+
     def decode(self, values: Sequence[bytes]) -> Decoded:
         """The records of V values.
 
@@ -182,27 +216,93 @@ class Codec:
         content = values[0] if len(values) == 1 else b"".join(values)
         if len(content) % 8 or len(values[0]) < _HEADER.itemsize:
             raise _broken(self.name)
-        buffer = np.frombuffer(content, np.uint64)
-        return self._decoded_alike(values, buffer) or self._decoded_each(values, buffer)
+        found = None
+        if len(content) == len(values[0]) * len(values):
+            found = self._decoded_one(content) if len(values) == 1 else self._decoded_alike(content, len(values))
+        return found or self._decoded_each(values, np.frombuffer(content, np.uint64))
 
-    def _decoded_alike(self, values: Sequence[bytes], buffer: np.ndarray) -> Decoded | None:
-        """Values of one size with as many records each: a table of words. None if they are not, or not sound."""
-        size = len(values[0]) >> 3
-        if len(buffer) != len(values) * size:
-            return None
-        table = buffer.reshape(len(values), size)
-        start, digest = table[0, :2].tolist()
+    def _decoded_one(self, content: bytes) -> Decoded | None:
+        """One value; None if it is not sound."""
+        start, digest = int.from_bytes(content[:8], "little"), int.from_bytes(content[8:16], "little")
         count = start >> 32
-        is_sound = start & _START_MASK == self._start and digest == self.digest
-        if not is_sound or size < _HEADER_WORDS + count * self._words:
+        place = _HEADER.itemsize + count * self._record.itemsize
+        if start & _START_MASK != self._start or digest != self.digest or len(content) < place:
             return None
+        records = np.frombuffer(content, self._record, count, _HEADER.itemsize)
+        ids = np.frombuffer(content, self._id_type, offset=place)
+        columns: dict[str, EncodedColumn] = {}
+        num_ids = 0
+        for field in self._fields:
+            stored = records[field.name]
+            if field.is_bag:
+                offsets = offsets_of(stored)
+                end = num_ids + int(offsets[-1])
+                columns[field.name] = Ragged(ids[num_ids:end].astype(np.int64), offsets)
+                num_ids = end
+            else:
+                columns[field.name] = stored.astype(field.read_as)
+        blocks = max(-(-num_ids // self._ids_of_block), self._least_blocks)
+        if blocks * self._block * 8 != len(content) - place:
+            return None
+        times = records[_TIME].astype(np.int64) if self._has_times else _NO_TIMES
+        expires = np.frombuffer(content, np.int64, 1, 16)
+        return Decoded(np.array([0, count]), times, columns, expires)
+
+    def _decoded_alike(self, content: bytes, num_values: int) -> Decoded | None:
+        """Values of one record and one size: a table. None if they are not, or not sound."""
+        size = len(content) // num_values
+        capacity = (size - _HEADER.itemsize - self._record.itemsize) // self._id_type.itemsize
+        if self._has_times or not 0 <= capacity <= _WIDEST or size % 8 or bool(capacity) != bool(self._bags):
+            return None
+        table = np.frombuffer(content, self._table(size, capacity))
         # Were the sizes not equal, another word would lie where the digest is expected.
-        if len(values) > 1 and not (table[:, :2] == table[0, :2]).all():
+        if (table["@start"] != (self._start | 1 << 32)).any() or (table["@digest"] != self.digest).any():
             return None
-        words = np.ascontiguousarray(table[:, _HEADER_WORDS : _HEADER_WORDS + count * self._words])
-        starts = np.arange(0, len(buffer) + 1, size)
-        counts = np.full(len(values), count)
-        return self._decoded(starts, buffer, counts, words.reshape(-1), expires=table[:, 2].view(np.int64))
+        columns: dict[str, EncodedColumn] = {}
+        for field in self._fields:
+            if not field.is_bag:
+                columns[field.name] = table[field.name].astype(field.read_as)
+        lengths = [table[bag].astype(np.int64) for bag in self._bags]
+        num_ids = sum(lengths[1:], lengths[0]) if lengths else np.zeros(1, np.int64)
+        most = int(num_ids.max())
+        is_least = capacity == self._least_blocks * self._ids_of_block
+        if most > capacity or not (is_least or int(num_ids.min()) > capacity - self._ids_of_block):
+            return None
+        ids = table["@ids"].astype(np.int64) if self._bags else None
+        place: np.ndarray | None = None
+        for bag, length in zip(self._bags, lengths, strict=True):
+            assert ids is not None
+            end = length if place is None else place + length
+            is_own = _FIRST[end, :capacity]
+            if place is not None:
+                is_own &= ~_FIRST[place, :capacity]
+            offsets = np.zeros(num_values + 1, np.int64)
+            np.add.accumulate(length, out=offsets[1:])
+            columns[bag] = Ragged(ids[is_own], offsets)
+            place = end
+        return Decoded(np.arange(num_values + 1), _NO_TIMES, columns, table["@expires"])
+
+    def _table(self, size: int, capacity: int) -> np.dtype[Any]:
+        """One row a value: the words of its header, its record, its ids."""
+        if size not in self._tables:
+            places: dict[str, tuple[np.dtype[Any], int]] = {}
+            for name, (kind, place, *_) in (self._record.fields or {}).items():
+                places[name] = kind, _HEADER.itemsize + place
+            places |= {"@start": (np.dtype("<u8"), 0), "@digest": (np.dtype("<u8"), 8)}
+            places |= {"@expires": (np.dtype("<i8"), 16)}
+            if capacity:
+                ids = np.dtype((self._id_type, (capacity,)))
+                places["@ids"] = ids, _HEADER.itemsize + self._record.itemsize
+            names = list(places)
+            self._tables[size] = np.dtype(
+                {
+                    "names": names,
+                    "formats": [places[n][0] for n in names],
+                    "offsets": [places[n][1] for n in names],
+                    "itemsize": size,
+                }
+            )
+        return self._tables[size]
 
     def _decoded_each(self, values: Sequence[bytes], buffer: np.ndarray) -> Decoded:
         """Values of any sizes."""
@@ -260,8 +360,9 @@ class Codec:
                 columns[field.name] = Ragged(ids[ranges(place, num_ids)].astype(np.int64), bag_offsets)
                 place = place + num_ids
             else:
-                columns[field.name] = stored.astype(np.int64 if field.dim is None else np.float32)
-        if ((place + (per_word - 1)) // per_word != starts[1:]).any():
+                columns[field.name] = stored.astype(field.read_as)
+        id_words = self._id_words(place - (starts[:-1] + (_HEADER_WORDS + counts * self._words)) * per_word)
+        if (starts[:-1] + (_HEADER_WORDS + counts * self._words) + id_words != starts[1:]).any():
             raise _broken(self.name)
         times = records[_TIME].astype(np.int64) if self._has_times else _NO_TIMES
         return Decoded(offsets, times, columns, np.empty(0, np.int64) if expires is None else expires)
@@ -344,9 +445,9 @@ def _table(encoder: Encoder, feature: str) -> str:
 
 def _field(encoder: Encoder, feature: Feature) -> _Field:
     if isinstance(feature, Dense):
-        return _Field(feature.name, np.dtype("<f4"), feature.dim, is_bag=False)
+        return _Field(feature.name, np.dtype("<f4"), feature.dim, False, np.dtype(np.float32))
     if isinstance(feature, MultiCategorical):
-        return _Field(feature.name, np.dtype("<u4"), None, is_bag=True)
+        return _Field(feature.name, np.dtype("<u4"), None, True, np.dtype(np.int64))
     size = encoder.table_sizes[feature.table_name]
     width = next((w for w in (1, 2, 4) if size <= 2 ** (8 * w)), 8)
-    return _Field(feature.name, np.dtype(f"<u{width}" if width < 8 else "<i8"), None, is_bag=False)
+    return _Field(feature.name, np.dtype(f"<u{width}" if width < 8 else "<i8"), None, False, np.dtype(np.int64))

@@ -11,6 +11,8 @@ Rules:
 * a read sees events strictly before its time, the newest ``max_length`` of them, and of those only what is kept:
   ``keep`` is at least ``max_length``, and what it has beyond is for requests that are older than the newest events;
 * a value with a TTL is unknown once it has expired, whether or not it was swept away; every write sets its expiry anew;
+* of derived values the store keeps what :mod:`feature_store.online.derived` says. Rows of a user are kept as far back
+  as a window reaches, at most the newest ``keep_rows``;
 * every value carries a digest of its encoder's fingerprint, and the store the fingerprint itself. Another encoder is
   refused when a store is opened and, should the values have been replaced since, at the read.
 
@@ -31,6 +33,22 @@ import pyarrow as pa
 from pydantic import Field
 
 from feature_store.online.codec import NEVER, Codec, Decoded, concatenated, expiry_of, ranges, refused, take_rows
+from feature_store.online.derived import (
+    ITEM_VALUES,
+    KNOWN,
+    USER_VALUES,
+    DerivedColumns,
+    DerivedRead,
+    Family,
+    Kept,
+    Layout,
+    Rows,
+    code_column,
+    code_of,
+    counts_column,
+    derived_columns,
+    units_column,
+)
 from recsys.config import Config
 from recsys.encoding.columns import Array, IntKeys, NoKeys, as_keys, offsets_of
 from recsys.encoding.encoder import EncodedColumn, Encoder, Ragged
@@ -86,6 +104,9 @@ class Limits(Config):
 
     keep_events: int | None = Field(
         None, ge=1, description="newest events of each history of a user; the history's max_length if not given"
+    )
+    keep_rows: int | None = Field(
+        None, ge=1, description="newest rows of a user for derived values; all that their windows reach if not given"
     )
     user_ttl_s: float | None = Field(None, gt=0, description="users and their histories expire so long after a write")
     item_ttl_s: float | None = Field(None, gt=0, description="items expire so long after a write")
@@ -143,11 +164,13 @@ class Read(NamedTuple):
         users: of R keys.
         items: of N keys.
         histories: all stored events of R users, by history; not yet cut at a time.
+        derived: what derived values are computed of; None if the schema has none.
     """
 
     users: Entities
     items: Entities
     histories: dict[str, Events]
+    derived: DerivedRead | None = None
 
 
 class OnlineStore:
@@ -191,6 +214,8 @@ class OnlineStore:
         }
         # A digit, so that no history's name can begin like another's.
         self._places = {h.name: b"h%d:" % place for place, h in enumerate(self.schema.histories)}
+        self.layout = Layout(encoder)
+        self._row_places = [b"r%d:" % place for place in range(len(self.layout.families))]
         self._meta = self._open(limits)
         self.limits = Limits(**self._meta["limits"])
 
@@ -208,6 +233,7 @@ class OnlineStore:
                 "limits": limits.model_dump(mode="json"),
                 "key_types": {"user_id": None, "item_id": None},
                 "materialized": None,
+                "derived": None,
             }
             self.backend.update([META], lambda old: [_json_bytes(fresh) if old[0] is None else None])
             (found,) = self.backend.get([META])
@@ -251,25 +277,76 @@ class OnlineStore:
             UnavailableError: the store does not answer.
         """
         names = list(self._histories) if histories is None else list(histories)
-        found = self.backend.get(self.request_keys(users, items, names))
-        num_users, now = len(users), self._now()
+        asked = self.request_keys(users, items, names)
+        found = self.backend.get(asked)
+        num_users, num_items, now = len(users), len(items), self._now()
         events = {
             name: self._events(name, found[num_users * (1 + place) : num_users * (2 + place)], now)
             for place, name in enumerate(names)
         }
-        return Read(
-            self._entities(self._users, found[:num_users], now),
-            self._entities(self._items, found[num_users * (1 + len(names)) :], now),
-            events,
-        )
+        first = num_users * (1 + len(names))
+        derived = None
+        if not self.layout.is_empty:
+            item_keys = [key[len(ITEM_VALUES) :] for key in asked[first + num_items : first + 2 * num_items]]
+            derived = self._derived(found[first + num_items :], item_keys, num_users, now)
+        found_users = self._entities(self._users, found[:num_users], now)
+        del found[first + num_items :], found[:first]
+        return Read(found_users, self._entities(self._items, found, now), events, derived)
 
     def request_keys(self, users: Array, items: Array, histories: Sequence[str] | None = None) -> list[bytes]:
-        """Keys of all that :meth:`read` reads, in that order: users, their histories one by one, items."""
+        """Keys of all that :meth:`read` reads: users, their histories one by one, items, then derived values."""
         user_keys = self._checked_keys(users, "user_id")
         asked = _prefixed(USER, user_keys)
         for name in self._histories if histories is None else histories:
             asked += _prefixed(self._places[name], user_keys)
-        return asked + self._item_keys(items)
+        asked += self._item_keys(items)
+        if self.layout.is_empty:
+            return asked
+        asked += self._checked_keys(items, "item_id", ITEM_VALUES)
+        for place in (USER_VALUES, *self._row_places):
+            asked += _prefixed(place, user_keys)
+        return asked
+
+    def derived(self, users: Array, items: Array, time: np.ndarray, request_of_row: np.ndarray) -> DerivedColumns:
+        """Derived values of R requests and N candidates; see :meth:`derived_of`."""
+        return self.derived_of(self.read(users, items, ()), time, request_of_row)
+
+    def derived_of(self, read: Read, time: np.ndarray, request_of_row: np.ndarray) -> DerivedColumns:
+        """Derived values of what was read.
+
+        Args:
+            read: of R users and N items.
+            time: ``(R,)`` int64, UTC microseconds.
+            request_of_row: ``(N,)`` int64.
+        """
+        if read.derived is None:
+            return DerivedColumns({}, {})
+        if self._meta.get("derived") is None:
+            self._meta = self.meta()  # perhaps materialised since this store was opened
+        if self._meta.get("derived") is None:
+            reason = "was not materialised: the store was filled from a training set alone"
+            return DerivedColumns({}, dict.fromkeys(self.layout.features, reason))
+        return derived_columns(self.encoder, self.layout, read.derived, time, request_of_row)
+
+    def _derived(
+        self, found: Sequence[bytes | None], item_keys: Sequence[bytes], num_users: int, now: int
+    ) -> DerivedRead:
+        """Values of items, of users, rows of users family by family."""
+        items, users, rows = self.layout.codecs
+        starts = range(len(item_keys), len(found), num_users or 1)
+        parts = [found[: len(item_keys)], *(found[first : first + num_users] for first in starts)]
+        return DerivedRead(
+            Kept(*_columns(items, parts[0], now)),
+            Kept(*_columns(users, parts[1] if num_users else [], now)),
+            [self._rows(place, parts[2 + place] if num_users else [], now) for place in range(len(rows))],
+            item_keys,
+        )
+
+    def _rows(self, place: int, found: Sequence[bytes | None], now: int) -> Rows:
+        decoded, is_known = _live(self.layout.codecs[2][place], found, now)
+        lengths = np.zeros(len(found), np.int64)
+        lengths[is_known] = np.diff(decoded.offsets)
+        return Rows(offsets_of(lengths), decoded.times, decoded.columns)
 
     def users(self, keys: Array) -> Entities:
         """Features of ``(n,)`` users."""
@@ -345,6 +422,13 @@ class OnlineStore:
         """The values of ``n`` items."""
         return self._items.encode(columns, np.arange(n + 1), expires=self._expiry(self.limits.item_ttl_s))
 
+    def encoded_values(self, of: str, columns: Mapping[str, EncodedColumn], n: int) -> list[bytes]:
+        """What is kept of the derived values of ``n`` items, or of ``n`` users."""
+        items, users, _ = self.layout.codecs
+        if of == "item":
+            return items.encode(columns, np.arange(n + 1), expires=self._expiry(self.limits.item_ttl_s))
+        return users.encode(columns, np.arange(n + 1), expires=self._expiry(self.limits.user_ttl_s))
+
     def merged(self, name: str, stored: Sequence[bytes | None], events: Events, *, since: int | None) -> list[bytes]:
         """The values of V users' histories after more events.
 
@@ -392,22 +476,106 @@ class OnlineStore:
             UnavailableError: the store does not answer; whether the event was added is not known.
         """
         names = self._histories_of(event)
-        if not names:
+        places = [n for n, family in enumerate(self.layout.families) if family.source == "events"]
+        pushed = [(n, self._row_of(self.layout.families[n], event)) for n in places]
+        pushed = [(n, row) for n, row in pushed if row is not None]
+        if not names and not pushed:
             return []
         (user,) = self.claim("user_id", pa.array([event.user]))
-        rows = self._event_columns(event, names)
+        rows = self._event_columns(event, names) if names else {}
         added = {
             name: Events(np.array([0, 1]), np.array([event.time]), {f: rows[f] for f in self._histories[name].features})
             for name in names
         }
 
         def change(stored: list[bytes | None]) -> list[bytes | None]:
-            return [
-                self.merged(name, [old], added[name], since=None)[0] for name, old in zip(names, stored, strict=True)
+            histories = zip(names, stored[: len(names)], strict=True)
+            changed: list[bytes | None] = [
+                self.merged(name, [old], added[name], since=None)[0] for name, old in histories
             ]
+            for (place, row), old in zip(pushed, stored[len(names) :], strict=True):
+                assert row is not None
+                changed.append(self.merged_rows(place, [old], row, until=None)[0])
+            return changed
 
-        self.backend.update([self._places[name] + user for name in names], change)
+        keys = [self._places[name] + user for name in names] + [self._row_places[n] + user for n, _ in pushed]
+        self.backend.update(keys, change)
         return names
+
+    def merged_rows(self, place: int, stored: Sequence[bytes | None], rows: Rows, *, until: int | None) -> list[bytes]:
+        """The values of V users' rows after more of them.
+
+        Args:
+            place: of the family.
+            stored: V values as they are.
+            rows: of V users, each beginning with the record that says since when all are there.
+            until: of what is stored, rows before this time are replaced; None keeps them all.
+        """
+        codec = self.layout.codecs[2][place]
+        old = self._rows(place, stored, self._now())
+        first = old.offsets[:-1][np.diff(old.offsets) > 0]
+        is_mark = np.zeros(len(old.times), np.bool_)
+        is_mark[first] = True
+        is_kept = ~is_mark if until is None else ~is_mark & (old.times >= until)
+        old_user = np.repeat(np.arange(len(stored)), np.diff(old.offsets))
+        user = np.repeat(np.arange(len(stored)), np.diff(rows.offsets))
+        since = rows.times[rows.offsets[:-1]].copy()
+        # A mark at or after ``until`` says that newer rows were evicted: it holds for what replaces older ones, too.
+        is_held = is_mark if until is None else is_mark & (old.times >= until)
+        since[old_user[is_held]] = old.times[is_held]
+        users, times = np.concatenate([old_user[is_kept], user]), np.concatenate([old.times[is_kept], rows.times])
+        columns = {n: np.concatenate([c[is_kept], rows.columns[n]]) for n, c in old.columns.items()}
+        is_new_mark = np.zeros(len(times), np.bool_)
+        is_new_mark[len(times) - len(rows.times) + rows.offsets[:-1]] = True
+        times[is_new_mark] = since
+        order = np.lexsort((times, ~is_new_mark, users))
+        # Late ones from before that time would not be alone: others of then are gone.
+        order = order[times[order] >= since[users[order]]]
+        users, times = users[order], times[order]
+        offsets = np.searchsorted(users, np.arange(len(stored) + 1))
+        kept = np.minimum(np.diff(offsets), 1 + (self.limits.keep_rows or 2**62))
+        is_cut = kept < np.diff(offsets)
+        if is_cut.any():
+            # The mark moves to just after the newest row that goes.
+            place_of = ranges(offsets[1:] - kept + 1, kept - 1)
+            marks = offsets[:-1]
+            times[marks[is_cut]] = times[(offsets[1:] - kept)[is_cut]] + 1
+            chosen = np.sort(np.concatenate([marks, place_of]))
+            chosen = chosen[(times >= times[marks][users])[chosen]]
+            order, users, times = order[chosen], users[chosen], times[chosen]
+            offsets = np.searchsorted(users, np.arange(len(stored) + 1))
+        expires = self._expiry(self.limits.user_ttl_s)
+        return codec.encode({n: c[order] for n, c in columns.items()}, offsets, times, expires=expires)
+
+    def _row_of(self, family: Family, event: Event) -> Rows | None:
+        """What an event adds to derived values, after the mark of a user without rows; None if it counts for none."""
+        from feature_store.online.pushed import counted_event
+
+        counted = [counted_event(spec, self.schema, event, self.meta) for spec in family.specs]
+        if not any(is_counted for is_counted, _ in counted):
+            return None
+        columns = {name: np.zeros(2, np.dtype(kind)) for name, kind in family.numbers.items()}
+        for spec, (is_counted, units) in zip(family.specs, counted, strict=True):
+            columns[counts_column(spec.name)][1] = is_counted
+            if units is not None:
+                columns[units_column(spec.name)][1] = units
+        if family.created is not None:
+            known = event.values.get(family.created)
+            if isinstance(known, bool) or not isinstance(known, int):
+                raise DataError(
+                    f"{family.created!r} must be given in UTC microseconds: derived values count an event from then on"
+                )
+            columns[KNOWN][1] = known
+        if family.codes:
+            (key,) = self._checked_keys(pa.array([event.item]), "item_id")
+            (found,) = self.backend.get([ITEM_VALUES + key])
+            stored, is_known = _columns(self.layout.codecs[0], [found], self._now())
+            for name in family.codes:
+                own = code_of(key) if name == "item" else -1
+                code = stored[code_column(name)]
+                assert isinstance(code, np.ndarray)
+                columns[code_column(name)][:] = -1, code[0] if is_known[0] else own
+        return Rows(np.array([0, 2]), np.array([0, event.time]), columns)
 
     def _histories_of(self, event: Event) -> list[str]:
         if not 0 <= event.time < MAX_TIME:
@@ -425,6 +593,7 @@ class OnlineStore:
         """Encoded attributes and event features of one event, one row each."""
         specs = {f: self.schema.feature(f) for h in histories for f in self._histories[h].features}
         known = {s.source_column for h in self._histories.values() for s in map(self.schema.feature, h.features)}
+        known |= self._derived_columns()
         for column in event.values:
             if column not in known:
                 raise DataError(f"{column!r} must be a column that a history reads", hint=nearest(column, known))
@@ -450,6 +619,11 @@ class OnlineStore:
                 columns[name] = item.columns[name]
         return columns
 
+    def _derived_columns(self) -> set[str]:
+        """Columns of the events that derived values read."""
+        read = set((self._meta.get("derived") or {}).get("columns", {}))
+        return read | {f.created for f in self.layout.families if f.created is not None}
+
     def _reads_instant(self, feature: str) -> bool:
         spec = self.schema.feature(feature)
         if not isinstance(spec, Categorical):
@@ -468,7 +642,8 @@ class OnlineStore:
     def sweep(self) -> int:
         """Removes what has expired; returns how many values that was. Reads do not depend on it."""
         now = self._now()
-        gone = [k for prefix in (USER, b"h", ITEM) for k, v in self.backend.scan(prefix) if expiry_of(v) <= now]
+        prefixes = (USER, b"h", ITEM, b"v", b"r")
+        gone = [k for prefix in prefixes for k, v in self.backend.scan(prefix) if expiry_of(v) <= now]
         for start in range(0, len(gone), 1024):
             # Asked again: a write since the scan has set a new expiry.
             self.backend.update(
@@ -478,6 +653,10 @@ class OnlineStore:
         return len(gone)
 
     # Keys
+
+    def rows_prefix(self, place: int) -> bytes:
+        """What the keys of a family of rows begin with."""
+        return self._row_places[place]
 
     def history_prefix(self, history: str) -> bytes:
         """What the keys of a history begin with."""
@@ -490,7 +669,7 @@ class OnlineStore:
         return self._checked_keys(keys, "item_id", ITEM)
 
     def _checked_keys(self, keys: Array, which: str, prefix: bytes = b"") -> list[bytes]:
-        names, kind = _stored_keys(keys, which, prefix)
+        names, kind = stored_keys(keys, which, prefix)
         expected = self._meta["key_types"][which]
         if kind is not None and kind != expected:
             if expected is None:  # perhaps written since this store was opened
@@ -509,7 +688,7 @@ class OnlineStore:
         Raises:
             EncodingError: a key is missing, or of another type than those before.
         """
-        names, kind = _stored_keys(keys, which, prefix)
+        names, kind = stored_keys(keys, which, prefix)
         if keys.null_count:
             raise EncodingError(f"{which} must be given, got a missing one")
         if kind is not None and self._meta["key_types"][which] is None:
@@ -581,14 +760,14 @@ def _chosen(events: Events, is_chosen: np.ndarray) -> Events:
 
 def _live(codec: Codec, found: Sequence[bytes | None], now: int) -> tuple[Decoded, np.ndarray]:
     """The values that are there and have not expired, decoded, and which those are."""
-    values: Sequence[bytes]
-    if None in found:
+    values = cast("Sequence[bytes]", found)
+    try:
+        # Joining bytes is how it is noticed that some are missing: looking for them costs as much again.
+        decoded, is_known = codec.decode(values), np.ones(len(found), np.bool_)
+    except TypeError:
         is_known = np.fromiter((value is not None for value in found), np.bool_, len(found))
         values = [value for value in found if value is not None]
-    else:
-        is_known = np.ones(len(found), np.bool_)
-        values = cast("Sequence[bytes]", found)
-    decoded = codec.decode(values)
+        decoded = codec.decode(values)
     is_live = decoded.expires > now
     if not is_live.all():
         is_known[is_known] = is_live
@@ -596,10 +775,15 @@ def _live(codec: Codec, found: Sequence[bytes | None], now: int) -> tuple[Decode
     return decoded, is_known
 
 
+def _columns(codec: Codec, found: Sequence[bytes | None], now: int) -> tuple[Mapping[str, EncodedColumn], np.ndarray]:
+    decoded, is_known = _live(codec, found, now)
+    return decoded.columns, is_known
+
+
 _WORDS = {"integer": "integers", "text": "text"}
 
 
-def _stored_keys(keys: Array, which: str, prefix: bytes) -> tuple[list[bytes], str | None]:
+def stored_keys(keys: Array, which: str, prefix: bytes) -> tuple[list[bytes], str | None]:
     """Stored form of keys, and their type: 8 bytes for an integer; for text, its bytes or their hash."""
     parsed = as_keys(keys, where=which)
     if isinstance(parsed, NoKeys):

@@ -1,7 +1,9 @@
-"""``recsys materialize``: a training set into an online store."""
+"""``recsys materialize``: a training set, or views, into an online store."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,8 +17,20 @@ StoreArgument = Annotated[str, typer.Argument(metavar="STORE", help="lmdb:PATH o
 def materialize(
     store: StoreArgument,
     training_set: Annotated[
-        Path, typer.Option("--training-set", "-t", help="Training set to take users, items and events from.")
-    ],
+        Path | None, typer.Option("--training-set", "-t", help="Training set to take users, items and events from.")
+    ] = None,
+    experiment: Annotated[
+        Path | None,
+        typer.Option("--experiment", "-e", help="Take them from the experiment's views, as they are now."),
+    ] = None,
+    model: Annotated[
+        Path | None,
+        typer.Option(
+            "--model",
+            "-m",
+            help="Artifact whose encoder views are encoded by; the experiment's training set otherwise.",
+        ),
+    ] = None,
     until: Annotated[
         str | None,
         typer.Option(
@@ -28,6 +42,10 @@ def materialize(
         int | None,
         typer.Option(min=1, help="Newest events of a history that a user keeps; what the model reads otherwise."),
     ] = None,
+    keep_rows: Annotated[
+        int | None,
+        typer.Option(min=1, help="Newest rows of a user for derived values; all that windows reach otherwise."),
+    ] = None,
     user_ttl: Annotated[
         float | None, typer.Option(metavar="SECONDS", help="Users expire so long after they were last written.")
     ] = None,
@@ -36,15 +54,17 @@ def materialize(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Bring an online store up to a training set: users, items, and users' newest events.
+    """Bring an online store up to a training set, or to views: users, items, users' newest events, derived values.
 
-    Run it again whenever the training set or the time has moved on; it writes what differs. Limits are those of the
-    first run. An interrupted run goes on where it stopped.
+    Derived values are computed from the views: those of the training set, which must be as they were, or those of the
+    experiment as they are now. Run it again whenever the data or the time has moved on; it writes what differs. Limits
+    are those of the first run. An interrupted run goes on where it stopped.
 
     \b
     Example:
         recsys materialize lmdb:data/online --training-set data/training_set
         recsys materialize redis://localhost:6379/0 --training-set data/training_set --until 2026-01-31T00:00:00Z
+        recsys materialize lmdb:data/online --experiment configs/experiment/din_simulated.yaml --model artifacts/din
     """  # noqa: D301
     from dataclasses import asdict
 
@@ -53,26 +73,68 @@ def materialize(
     from feature_store.online.store import Limits, OnlineStore
     from recsys.commands.terminal import print_facts, print_json, stage
     from recsys.config import validate
-    from recsys.training_set import TrainingSet
 
-    given = {"keep_events": keep_events, "user_ttl_s": user_ttl, "item_ttl_s": item_ttl}
+    given = {"keep_events": keep_events, "keep_rows": keep_rows, "user_ttl_s": user_ttl, "item_ttl_s": item_ttl}
     limits = validate(Limits, given, source="options")
     end = None if until is None else microseconds(until)
-    opened = TrainingSet.open(training_set)
-    online = OnlineStore(open_backend(store, is_writable=True), opened.encoder, limits=limits)
-    try:
-        with stage(f"materialize {training_set}") as tell:
+    with (
+        stage(f"materialize {training_set or experiment}") as tell,
+        _source(training_set, experiment, model, tell) as (
+            source,
+            derived,
+        ),
+    ):
+        online = OnlineStore(open_backend(store, is_writable=True), source.encoder, limits=limits)
+        try:
             summary = bring_up(
-                online, opened, end, progress=lambda kind, done, total: tell(f"{kind}: {done:,} of {total:,}")
+                online,
+                source,
+                end,
+                progress=lambda kind, done, total: tell(f"{kind}: {done:,} of {total:,}"),
+                derived=derived,
             )
-    finally:
-        online.close()
+        finally:
+            online.close()
     if as_json:
         print_json({"store": store, **asdict(summary)})
         return
     facts: dict[str, Any] = {f"{kind} written": n for kind, n in summary.written.items()}
     facts |= {f"{kind} compared": n for kind, n in summary.visited.items()}
+    facts |= {f"{kind}, users with more than are kept": n for kind, n in summary.cut_users.items() if n}
     print_facts(store, facts | {"went on with an interrupted run": summary.resumed})
+
+
+@contextmanager
+def _source(
+    training_set: Path | None, experiment: Path | None, model: Path | None, tell: Callable[[str], None]
+) -> Iterator[tuple[Any, Any]]:
+    """What a store is filled from, and what derived values are computed of; None without any."""
+    from recsys.encoding import Encoder
+    from recsys.errors import ConfigError
+    from recsys.training_set import TrainingSet
+
+    if (training_set is None) == (experiment is None):
+        raise ConfigError("one of --training-set and --experiment must be given")
+    if experiment is not None:
+        from feature_store.snapshot import view_snapshot
+        from training.experiment import load_experiment
+
+        found, schema = load_experiment(experiment, [])
+        encoder = Encoder.load((model or Path(found.data.training_set)) / "encoder")
+        with view_snapshot(found.data, encoder, schema=schema, stage=tell) as snapshot:
+            yield snapshot, snapshot.derived
+        return
+    if model is not None:
+        raise ConfigError("--model must be given with --experiment only: a training set has its encoder")
+    assert training_set is not None
+    opened = TrainingSet.open(training_set)
+    if not opened.schema.derived:
+        yield opened, None
+        return
+    from feature_store.snapshot import training_set_views
+
+    with training_set_views(opened, stage=tell) as snapshot:
+        yield snapshot, snapshot.derived
 
 
 def microseconds(text: str) -> int:

@@ -108,7 +108,7 @@ Keys = IntKeys | TextKeys | NoKeys
 def offsets_of(lengths: npt.NDArray[np.integer]) -> Int64s:
     """Offsets (n + 1,) of bags with these lengths (n,)."""
     offsets = np.zeros(len(lengths) + 1, np.int64)
-    np.cumsum(lengths, out=offsets[1:])
+    np.add.accumulate(lengths, out=offsets[1:], dtype=np.int64)
     return offsets
 
 

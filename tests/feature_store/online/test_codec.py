@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from feature_store.online.codec import NEVER, Codec, expiry_of, ranges
+from feature_store.online.codec import NEVER, Codec, expiry_of, ranges, take_rows
 from recsys.config import validate
 from recsys.encoding import Encoder, EncoderFitter, Ragged
 from recsys.errors import ArtifactError, IntegrityError
@@ -49,12 +49,12 @@ def make_encoder(**changes: Any) -> Encoder:
 ENCODER = make_encoder()
 
 
-def random_columns(rng: np.random.Generator, n: int) -> dict[str, Any]:
+def random_columns(rng: np.random.Generator, n: int, most: int = 3) -> dict[str, Any]:
     columns: dict[str, Any] = {
         name: rng.integers(0, ENCODER.table_sizes[name], n) for name in ("tiny", "small", "large", "huge")
     }
     for bag, table in (("bag", "tiny"), ("wide_bag", "huge")):
-        lengths = rng.integers(0, 4, n)
+        lengths = rng.integers(0, most + 1, n)
         offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
         columns[bag] = Ragged(rng.integers(0, ENCODER.table_sizes[table], offsets[-1]), offsets)
     columns["number"] = rng.normal(size=n).astype(np.float32)
@@ -91,6 +91,31 @@ def test_entities_come_back(seed: int, n: int) -> None:
         found = codec.decode(codec.encode(columns, np.arange(n + 1)))
         assert_equal_columns(found.columns, {name: columns[name] for name in names})
         assert (found.expires == NEVER).all()
+
+
+@given(seed=st.integers(0, 2**32), n=st.integers(1, 20), most=st.sampled_from([0, 1, 2, 4, 12, 40]))
+def test_entities_of_one_size_and_of_several_come_back(seed: int, n: int, most: int) -> None:
+    columns = random_columns(np.random.default_rng(seed), n, most)
+    for names in (FEATURES, ["bag", "tiny"], ["number", "wide_bag"]):
+        codec = Codec(ENCODER, "item", names, name="items")
+        values = codec.encode(columns, np.arange(n + 1), expires=5)
+        found = codec.decode(values)
+        assert_equal_columns(found.columns, {name: columns[name] for name in names})
+        assert found.offsets.tolist() == list(range(n + 1))
+        assert found.expires.tolist() == [5] * n
+        for place, value in enumerate(values):
+            alone = {name: take_rows(columns[name], np.array([place])) for name in names}
+            assert_equal_columns(codec.decode([value]).columns, alone)
+
+
+@pytest.mark.parametrize("num_values", [1, 5])
+def test_more_ids_than_there_is_room_for_are_an_error(num_values: int) -> None:
+    codec = Codec(ENCODER, "item", ["bag"], name="items")
+    values = codec.encode(random_columns(np.random.default_rng(3), num_values), np.arange(num_values + 1))
+    assert {len(value) for value in values} == {24 + 8 + 32}
+    values[-1] = values[-1][:24] + (9).to_bytes(4, "little") + values[-1][28:]
+    with pytest.raises(IntegrityError):
+        codec.decode(values)
 
 
 def test_ids_take_as_few_bytes_as_their_table_needs() -> None:
@@ -137,8 +162,8 @@ def test_broken_bytes_are_an_error_and_never_values(names: list[str], num_values
     with pytest.raises(IntegrityError):
         codec.decode([*values[1:], *values_of(ENCODER, "history", names, 1)])
     newer = bytearray(values[0])
-    newer[1] = 2
-    with pytest.raises(IntegrityError, match="format 1"):
+    newer[1] = 3
+    with pytest.raises(IntegrityError, match="format 2"):
         codec.decode([*values[1:], bytes(newer)])
 
 

@@ -1,0 +1,317 @@
+"""Derived values from an online store: what is computed at a request's time is what its training rows hold."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from feature_store.online.location import open_backend
+from feature_store.online.materialize import Materializer, Summary
+from feature_store.online.store import Event, Limits, OnlineStore
+from feature_store.snapshot import training_set_views, view_snapshot
+from recsys.batch import Bags, Batch
+from recsys.cli import app
+from recsys.config import validate
+from recsys.errors import ConfigError, DataError, RequestError, SourceError
+from recsys.schema import Schema
+from recsys.training_set import SPLITS, TrainingSet
+from serving.assembler import Assembler
+from serving.online_features import OnlineFeatures
+from serving.request import RequestParser
+from tests.feature_store.derived_views import CONTEXT, DERIVED, make, mapping
+from tests.feature_store.small_views import DAY, START, build, config, write_views
+from tests.redis_server import redis_server
+
+MORE: list[dict[str, Any]] = [
+    {"name": "pair_dwell", "kind": "sum", "by": ["item", "user"], "value": "dwell", "window": "4d"},
+    {"name": "age_likes", "kind": "count", "by": ["years"], "event_types": ["like"], "window": "4d"},
+    {"name": "category_mean", "kind": "mean", "by": ["category"], "value": "dwell", "window": "4d"},
+    {"name": "user_rate", "kind": "mean", "by": ["user"], "source": "impressions", "value": "click", "window": "3d"}
+    | {"known_after": "30m", "prior": 0.1, "prior_count": 2.0},
+]
+YEARS = {"name": "years", "column": "age", "kind": "categorical", "scope": "user"}
+SCOPES = {"pair_dwell": "candidate", "age_likes": "context", "category_mean": "candidate", "user_rate": "context"}
+
+
+def derived_schema(**changes: Any) -> Schema:
+    shape = mapping(derived=[*DERIVED, *MORE], **changes)
+    shape["features"] = [
+        *shape["features"],
+        YEARS,
+        *(
+            {"name": f"f_{n}", "column": n, "kind": "dense", "scope": s, "transform": {"kind": "keep"}}
+            for n, s in SCOPES.items()
+        ),
+    ]
+    return validate(Schema, shape, source="test")
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> TrainingSet:
+    return build(tmp_path_factory.mktemp("derived"), make(2), derived_schema())
+
+
+@pytest.fixture(params=["lmdb", pytest.param("redis", marks=pytest.mark.server)])
+def location(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    if request.param == "lmdb":
+        yield f"lmdb:{tmp_path / 'online'}"
+        return
+    with redis_server(tmp_path / "redis") as url:
+        yield url
+
+
+def opened(training_set: TrainingSet, location: str, **limits: Any) -> OnlineStore:
+    return OnlineStore(open_backend(location, is_writable=True), training_set.encoder, limits=Limits(**limits))
+
+
+def filled(training_set: TrainingSet, store: OnlineStore, until: int | None = None) -> Summary:
+    with training_set_views(training_set) as views:
+        return Materializer(store, views, derived=views.derived, chunk=7).run(until)
+
+
+def requests_of(training_set: TrainingSet) -> list[tuple[int, str, int]]:
+    """Time, split and number of every request, in order of time."""
+    return sorted(
+        (int(when), name, number)
+        for name in SPLITS
+        for number, when in enumerate(training_set.split(name).requests.array("@time"))
+    )
+
+
+def body_of(training_set: TrainingSet, split_name: str, number: int) -> dict[str, Any]:
+    """A request with nothing but keys and time, and what no store holds."""
+    split = training_set.split(split_name)
+    assert training_set.users.keys is not None
+    assert training_set.items.keys is not None
+    rows = slice(int(split.row_offsets[number]), int(split.row_offsets[number + 1]))
+    return {
+        "user_id": training_set.users.keys[split.requests.array("@user_row")[number]].as_py(),
+        "time": int(split.requests.array("@time")[number]),
+        "candidates": training_set.items.keys.take(split.impressions.array("@item_row")[rows]).to_pylist(),
+    }
+
+
+def assemble(store: OnlineStore, *bodies: dict[str, Any]) -> Batch:
+    parser = RequestParser(store.schema)
+    return Assembler(store.encoder, OnlineFeatures(store)).batch([parser.parse(body) for body in bodies]).batch
+
+
+def derived_names(training_set: TrainingSet) -> list[str]:
+    schema = training_set.schema
+    return [f.name for f in schema.features if schema.derived_of(f) is not None]
+
+
+def values(batch: Batch, name: str) -> list[Any]:
+    """A derived feature of a batch."""
+    column = batch.context[name] if name in batch.context else batch.candidate[name]
+    assert not isinstance(column, Bags)
+    found: list[Any] = column.tolist()
+    return found
+
+
+def assert_equal(found: Batch, stored: Batch, names: Iterable[str]) -> None:
+    for name in names:
+        assert values(found, name) == values(stored, name), name
+
+
+def test_online_is_offline_at_the_time_of_materialising(built: TrainingSet, location: str) -> None:
+    store = opened(built, location)
+    names = derived_names(built)
+    chosen = requests_of(built)[5::4]
+    with training_set_views(built) as views:
+        materializer = Materializer(store, views, derived=views.derived)
+        for when, split, number in chosen:
+            materializer.run(when)
+            stored = Batch.from_training_set(built, split, np.array([number]))
+            assert_equal(assemble(store, body_of(built, split, number)), stored, names)
+    assert len(chosen) > 8
+    store.close()
+
+
+LIVE = {
+    "f_user_clicks_1d", "f_user_events", "f_user_known", "f_user_category", "f_since_click", "f_mixed", "activity",
+    "f_pair_dwell",
+}  # fmt: skip
+"""Values of a user's events: as of the request's time, however long ago the store was materialised."""
+
+
+def test_values_of_a_user_s_events_follow_what_is_pushed(built: TrainingSet, location: str) -> None:
+    store = opened(built, location, keep_events=1000)
+    middle = START + 4 * DAY
+    filled(built, store, middle)
+    events = pl.read_parquet(built.folder.parent / "views" / "events.parquet").filter(pl.col("time") >= middle)
+    assert len(events) > 50
+    for row in events.sample(fraction=1.0, shuffle=True, seed=3).to_dicts():
+        brought = {"dwell": row["dwell"], "created": row["created"]}
+        store.push(Event(row["user"], row["item"], row["time"], row["type"], brought))
+    assert set(derived_names(built)) >= LIVE
+    later = [(split, number) for when, split, number in requests_of(built) if when >= middle]
+    for split, number in later:
+        stored = Batch.from_training_set(built, split, np.array([number]))
+        assert_equal(assemble(store, body_of(built, split, number)), stored, LIVE)
+    # The log replaces what was pushed: all is as if nothing had been.
+    filled(built, store)
+    plain = {k: v for prefix in (b"v", b"r") for k, v in store.backend.scan(prefix)}
+    other = opened(built, location + ("2" if location.startswith("lmdb") else "?namespace=other"), keep_events=1000)
+    filled(built, other)
+    assert plain == {k: v for prefix in (b"v", b"r") for k, v in other.backend.scan(prefix)}
+    store.close()
+    other.close()
+
+
+def test_many_requests_in_one_batch_are_each_as_alone(built: TrainingSet, tmp_path: Path) -> None:
+    store = opened(built, f"lmdb:{tmp_path / 'online'}")
+    filled(built, store, START + 4 * DAY)
+    bodies = [body_of(built, split, n) for when, split, n in requests_of(built) if when >= START + 4 * DAY]
+    bodies += [{"user_id": None, "time": START + 9 * DAY, "candidates": [101, 424242]}]
+    together = assemble(store, *bodies)
+    alone = [assemble(store, body) for body in bodies]
+    for name in derived_names(built):
+        assert values(together, name) == [value for one in alone for value in values(one, name)]
+    store.close()
+
+
+def test_who_is_not_known_has_no_rows(built: TrainingSet, tmp_path: Path) -> None:
+    store = opened(built, f"lmdb:{tmp_path / 'online'}")
+    filled(built, store)
+    batch = assemble(store, {"user_id": 424242, "time": START + 99 * DAY, "candidates": [424242]})
+    assert values(batch, "f_user_events") == [[0.0]]
+    assert values(batch, "f_item_likes") == [[0.25]]
+    assert values(batch, "f_item_rate") == [[np.float32(1.0 / 5.0)]]
+    assert values(batch, "shade") == [1]
+    store.close()
+
+
+def test_what_a_request_brings_takes_its_place(built: TrainingSet, tmp_path: Path) -> None:
+    store = opened(built, f"lmdb:{tmp_path / 'online'}")
+    filled(built, store)
+    body = {"user_id": 1, "time": START + 30 * DAY, "candidates": [{"item": 101, "item_rate": 0.75}, {"item": 102}]}
+    plain = assemble(store, {**body, "candidates": [101, 102]})
+    batch = assemble(store, {**body, "context": {"user_events": 31}})
+    assert values(batch, "f_user_events") == [[31.0]]
+    assert values(batch, "f_item_rate") == [[0.75], values(plain, "f_item_rate")[1]]
+    store.close()
+
+
+def test_requests_of_the_past_are_refused_not_answered_from_their_future(built: TrainingSet, tmp_path: Path) -> None:
+    store = opened(built, f"lmdb:{tmp_path / 'online'}")
+    filled(built, store, START + 5 * DAY)
+    with pytest.raises(RequestError, match=r"candidates\.item_likes must be given: .* as of a time after the request"):
+        assemble(store, {"user_id": 1, "time": START + 4 * DAY, "candidates": [101]})
+    store.close()
+
+
+def test_rows_beyond_the_limit_are_counted_and_windows_that_need_them_refused(
+    built: TrainingSet, tmp_path: Path
+) -> None:
+    store = opened(built, f"lmdb:{tmp_path / 'online'}", keep_rows=3)
+    summary = filled(built, store)
+    assert summary.cut_users["rows of events"] > 0
+    body = {"user_id": 1, "time": START + 60 * DAY, "candidates": [101]}
+    with pytest.raises(RequestError, match=r"context\.user_events must be given: .* reaches further back") as caught:
+        assemble(store, body)
+    # Two days back from so late there is nothing that could be missing.
+    assert "since_click" not in str(caught.value)
+    store.push(Event(1, 101, START + 59 * DAY, "click", {"dwell": 1, "created": START + 59 * DAY}))
+    with pytest.raises(RequestError, match="user_events"):
+        assemble(store, body)
+    store.close()
+
+
+def test_a_store_filled_without_views_refuses(built: TrainingSet, tmp_path: Path) -> None:
+    store = opened(built, f"lmdb:{tmp_path / 'online'}")
+    Materializer(store, built).run()
+    with pytest.raises(RequestError, match=r"context\.since_click must be given: .* was not materialised"):
+        assemble(store, {"user_id": 1, "time": START + 60 * DAY, "candidates": [101]})
+    filled(built, store)
+    assemble(store, {"user_id": 1, "time": START + 60 * DAY, "candidates": [101]})
+    with pytest.raises(ConfigError, match="holds derived values"):
+        Materializer(store, built).run()
+    store.close()
+
+
+def test_attributes_of_both_are_refused(tmp_path: Path) -> None:
+    one = {"name": "age_category", "kind": "count", "by": ["years", "category"]}
+    shape = mapping(derived=[*DERIVED, one])
+    shape["features"] = [*shape["features"], YEARS, {"name": "age_category", "kind": "dense", "scope": "candidate"}]
+    training_set = build(tmp_path, make(2), validate(Schema, shape, source="test"))
+    store = opened(training_set, f"lmdb:{tmp_path / 'online'}")
+    filled(training_set, store)
+    with pytest.raises(RequestError, match=r"^candidates\.age_category must be given: .* attributes of users and of"):
+        assemble(store, {"user_id": 1, "time": START + 60 * DAY, "candidates": [101]})
+    store.close()
+
+
+def test_events_that_do_not_fit_are_refused(built: TrainingSet, tmp_path: Path) -> None:
+    store = opened(built, f"lmdb:{tmp_path / 'online'}")
+    good = {"dwell": 3, "created": START}
+    with pytest.raises(DataError, match="materialize before events are pushed"):
+        store.push(Event(1, 101, START, "click", good))
+    filled(built, store)
+    with pytest.raises(DataError, match="'created' must be given in UTC microseconds"):
+        store.push(Event(1, 101, START + 60 * DAY, "click", {"dwell": 3}))
+    with pytest.raises(DataError, match="'dwell' must be of the types of the events view"):
+        store.push(Event(1, 101, START + 60 * DAY, "click", good | {"dwell": "long"}))
+    store.close()
+
+
+def test_views_that_have_changed_are_named(tmp_path: Path) -> None:
+    views = make(3)
+    training_set = build(tmp_path, views, derived_schema())
+    views["events"] = views["events"].head(30)
+    write_views(tmp_path / "views", views)
+    with pytest.raises(SourceError, match="must be as they were when it was built"), training_set_views(training_set):
+        pass
+    with view_snapshot(config(tmp_path), training_set.encoder) as snapshot:
+        assert sum(t.num_rows for t in snapshot.events.values()) <= 60
+
+
+def test_context_of_these_schemas() -> None:
+    schema = derived_schema()
+    found = {f.source_column for f in schema.features_of("context") if schema.derived_of(f) is not None}
+    assert found == {*CONTEXT, "age_likes", "user_rate"}
+
+
+def content(location: str, training_set: TrainingSet) -> dict[bytes, bytes]:
+    """All values of a store, but not what it says about itself."""
+    store = OnlineStore(open_backend(location, is_writable=False), training_set.encoder)
+    found = {k: v for prefix in (b"u", b"i", b"h", b"v", b"r") for k, v in store.backend.scan(prefix)}
+    store.close()
+    return found
+
+
+def test_the_command_takes_views_or_a_training_set(tmp_path: Path) -> None:
+    training_set = build(tmp_path, make(4), derived_schema())
+    schema = derived_schema().model_dump(mode="json")
+    (tmp_path / "schema.yaml").write_text(yaml.safe_dump(schema))
+    experiment = {"name": "small", "schema_file": "schema.yaml", "model": {"kind": "din"}, "training": {}} | {
+        "data": config(tmp_path).model_dump(mode="json")
+    }
+    (tmp_path / "experiment.yaml").write_text(yaml.safe_dump(experiment))
+    runner = CliRunner(env={"RECSYS_DEBUG": None, "COLUMNS": "200", "TERM": "dumb"})
+
+    def run(store: str, *arguments: object) -> str:
+        done = runner.invoke(app, ["materialize", f"lmdb:{tmp_path / store}", *map(str, arguments)])
+        return done.stdout + done.stderr
+
+    until = ("--until", START + 6 * DAY)
+    assert "rows of events written" in run("a", "-t", training_set.folder, *until)
+    assert "rows of events written" in run("b", "-e", tmp_path / "experiment.yaml", *until)
+    assert "rows of events written" in run(
+        "c", "-e", tmp_path / "experiment.yaml", "-m", training_set.folder, "--keep-rows", 10_000, *until
+    )
+    first = content(f"lmdb:{tmp_path / 'a'}", training_set)
+    assert len(first) > 60
+    for other in "bc":
+        assert content(f"lmdb:{tmp_path / other}", training_set) == first
+    assert "one of --training-set and --experiment must be given" in run("d")
+    assert "--model must be given with --experiment only" in run("d", "-t", "x", "-m", "y")
+    (tmp_path / "schema.yaml").write_text(yaml.safe_dump(schema | {"name": "other"}))
+    assert "schema must be the one of the model" in run("b", "-e", tmp_path / "experiment.yaml")
