@@ -23,7 +23,7 @@ from recsys.commands.demo_service import Service
 from recsys.commands.terminal import counting, stage
 from recsys.config import override
 from recsys.errors import ConfigError
-from recsys.files import check_can_write
+from recsys.files import check_can_write, write_json
 from recsys.metrics import Metrics, evaluate_scores
 from recsys.schema import Schema
 from recsys.training_set import TrainingSet
@@ -46,6 +46,8 @@ EXPERIMENT = "experiment/din_simulated.yaml"
 DISTILLED = "experiment/lightsuan_simulated.yaml"
 DISTILLED_EPOCHS = 2  # at most; what the demo is for is seen by then
 NUM_TOP = 5
+MARKER = "demo.json"
+"""In a folder that is a demo's, and so may be written again."""
 
 
 @dataclass(frozen=True)
@@ -135,14 +137,14 @@ def run_demo(root: Path, *, impressions: int, epochs: int) -> DemoResult:
         epochs: at most.
 
     Raises:
-        ConfigError: ``root`` cannot be written to.
+        ConfigError: ``root`` cannot be written to, or holds files that are not a demo's.
     """
     if root.exists() and not root.is_dir():
         raise ConfigError(f"--output must be a folder, got the file {root}")
     check_can_write(root / "views", name="--output")
+    _claim(root)
     clock = _Clock()
     quiet_libraries()
-    root.mkdir(parents=True, exist_ok=True)
     overrides = [
         override("data.views", str(root / "views")),
         override("data.training_set", str(root / "training_set")),
@@ -151,7 +153,7 @@ def run_demo(root: Path, *, impressions: int, epochs: int) -> DemoResult:
     experiment, schema = load_experiment(shipped_config(EXPERIMENT), overrides)
     task = experiment.selection_task(schema)
 
-    _simulate(root / "views", impressions)
+    _simulate(root, impressions)
     clock.lap("simulate")
     training_set = _build(experiment, schema)
     clock.lap("build")
@@ -202,18 +204,42 @@ class _Clock:
         return {**self._laps, "all": round(self._last - self._begin, 2)}
 
 
-def _simulate(views: Path, impressions: int) -> None:
+def _claim(root: Path) -> None:
+    """Marks a new or empty folder as a demo's: what is in it may then be replaced.
+
+    Raises:
+        ConfigError: the folder holds something, and no demo has marked it.
+    """
+    if (root / MARKER).is_file():
+        return
+    if root.exists() and any(root.iterdir()):
+        raise ConfigError(
+            f"--output must be a new or empty folder, or one of an earlier demo, got {root}, which holds other files",
+            hint="choose another folder, or delete it if its files are not needed",
+        )
+    write_json(root / MARKER, {"format": "recsys.demo"})
+
+
+def _simulate(root: Path, impressions: int) -> None:
+    views, marker = root / "views", root / MARKER
     config = SimulatorConfig(num_impressions=impressions).resolved()
+    wanted = config.model_dump(mode="json")
     with stage(f"simulate {impressions:,} impressions") as tell:
         try:
-            found = json.loads((views / "simulation.json").read_text(encoding="utf-8")).get("config")
-        except (OSError, ValueError):
-            found = None
-        if found == config.model_dump(mode="json"):
+            written = json.loads(marker.read_text(encoding="utf-8"))
+        except ValueError:
+            written = {}
+        if written.get("simulated") == wanted and written.get("views") == _sizes(views):
             tell("there already")
             return
         simulate(config, views, counting(tell, "impressions"), workers=os.cpu_count() or 1)
+        write_json(marker, {"format": "recsys.demo", "simulated": wanted, "views": _sizes(views)})
         tell("")
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    """Bytes of every file below a folder, by its path in it."""
+    return {str(p.relative_to(folder)): p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 def _build(experiment: ExperimentConfig, schema: Schema) -> TrainingSet:

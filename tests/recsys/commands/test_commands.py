@@ -467,6 +467,33 @@ def test_the_demo_wants_a_folder(tmp_path: Path) -> None:
     assert f"--output must be a folder, got the file {tmp_path / 'FILE'}" in done.stderr
 
 
+def test_the_demo_replaces_nothing_that_it_did_not_write(tmp_path: Path) -> None:
+    (tmp_path / "mine" / "run").mkdir(parents=True)
+    (tmp_path / "mine" / "run" / "config.json").write_text("{}")
+    done = invoke("demo", "-o", tmp_path / "mine")
+    assert done.exit_code == 2
+    assert f"an earlier demo, got {tmp_path / 'mine'}, which holds other files" in done.stderr
+    assert (tmp_path / "mine" / "run" / "config.json").read_text() == "{}"
+    assert [p.name for p in (tmp_path / "mine").iterdir()] == ["run"]
+
+
+def test_the_demo_simulates_again_where_a_file_was_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from recsys.commands import demo_stages
+
+    calls = []
+    original = demo_stages.simulate
+    monkeypatch.setattr(demo_stages, "simulate", lambda *a, **k: calls.append(1) or original(*a, **k))
+    root = tmp_path / "demo"
+    demo_stages._claim(root)
+    for lost in (None, None, "events.parquet"):
+        if lost:
+            (root / "views" / lost).unlink()
+        demo_stages._claim(root)
+        demo_stages._simulate(root, 2_000)
+    assert len(calls) == 2, "the second time everything is there; the third a file is missing"
+    assert (root / "views" / "events.parquet").is_file()
+
+
 def test_build_tells_what_it_found(place: Path) -> None:
     done = invoke("build", place / "tiny.yaml")
     assert done.exit_code == 0, done.stderr
