@@ -128,6 +128,7 @@ class Assembler:
         self._user_key = views.users.key if views.users else views.impressions.user
         self._item_key = views.items.key if views.items else views.impressions.item
         self._event_time = views.events.time if views.events else None
+        self._event_item = views.events.item if views.events else self._item_key
         self._by_scope: dict[Scope, tuple[Feature, ...]] = {
             scope: self.schema.features_of(scope) for scope in ("user", "item", "context", "candidate")
         }
@@ -322,8 +323,10 @@ class Assembler:
             columns, _ = self._entity_columns(
                 source, "item", attributes, came.items, came.columns, len(came.items), problems
             )
-        except EncodingError as err:
-            raise RequestError(f"histories.{history.name}: {err.message}") from err
+        except EncodingError as err:  # of the keys: other columns are among the problems
+            # A feature source calls all item keys by one name, that of the candidates.
+            _, _, rule = err.message.partition(" must ")
+            raise RequestError(f"histories.{history.name}.{self._event_item} must {rule}") from err
         known = {} if self._event_time is None else {self._event_time: times}
         for feature in history.event_features:
             columns[feature.name] = self._column(feature, came.columns, known, None, len(came.items), problems)

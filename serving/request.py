@@ -218,9 +218,16 @@ class RequestParser:
         return keys, values if any(values) else None
 
     def _keyed(
-        self, given: dict[str, Any], where: str, key_names: set[str], columns: set[str], problems: list[str]
+        self,
+        given: dict[str, Any],
+        where: str,
+        key_names: set[str],
+        columns: set[str],
+        problems: list[str],
+        *,
+        also: Sequence[str] = (),
     ) -> tuple[Key | None, dict[str, Any]]:
-        """Key and raw values of an item given as an object."""
+        """Key and raw values of an item given as an object; ``also`` are further names that the object may have."""
         names = [n for n in given if n in key_names]
         if not names:
             problems.append(f"{where} must have {' or '.join(repr(n) for n in sorted(key_names))}")
@@ -229,10 +236,13 @@ class RequestParser:
             key = _key(given[names[0]], f"{where}.{names[0]}", problems)
             if any(given[n] != given[names[0]] for n in names[1:]):
                 problems.append(f"{where}: {' and '.join(repr(n) for n in names)} must be equal")
-        return key, self._object({n: v for n, v in given.items() if n not in key_names}, where, columns, problems)
+        values = {n: v for n, v in given.items() if n not in key_names}
+        return key, self._object(values, where, columns, problems, also=also)
 
-    def _object(self, given: Any, where: str, columns: set[str], problems: list[str]) -> dict[str, Any]:
-        """Raw values by column."""
+    def _object(
+        self, given: Any, where: str, columns: set[str], problems: list[str], *, also: Sequence[str] = ()
+    ) -> dict[str, Any]:
+        """Raw values by column; ``also`` are names that are read elsewhere, for the hint."""
         if given is None:
             return {}
         if not isinstance(given, dict):
@@ -241,9 +251,8 @@ class RequestParser:
         values = {}
         for name, value in given.items():
             if name not in columns:
-                problems.append(
-                    f"{where}.{_shown(name)} is not a column that a feature reads, {nearest(name[:50], columns)}"
-                )
+                known = nearest(name[:50], {*columns, *also})
+                problems.append(f"{where}.{_shown(name)} is not a column that a feature reads, {known}")
             elif name in self._instants and isinstance(value, str):
                 values[name] = _time(value, f"{where}.{name}", problems, lowest=-MAX_TIME)
             elif name in self._numbers and _has_boolean(value):
@@ -286,7 +295,7 @@ class RequestParser:
                 if time is not None:
                     times.append(self._moment(time, f"{at}.time", problems))
                 rest = {n: v for n, v in event.items() if n not in ("time", self._event_time)}
-                key, raw = self._keyed(rest, at, self._event_item_keys, columns, problems)
+                key, raw = self._keyed(rest, at, self._event_item_keys, columns, problems, also=("time",))
                 values.append(raw or None)
             else:
                 key = _key(event, at, problems)

@@ -249,6 +249,19 @@ def test_keys_of_the_wrong_type(assembler: Assembler, parser: RequestParser, bod
         assemble(assembler, parser, body)
 
 
+@pytest.mark.parametrize("stored", [True, False])
+def test_event_keys_of_the_wrong_type_are_named_as_the_history_s(
+    world: World, parser: RequestParser, stored: bool
+) -> None:
+    encoder = world.training_set.encoder
+    source = SnapshotFeatures(world.training_set.folder, encoder) if stored else NoFeatures(encoder)
+    body = {"candidates": [ITEM], "histories": {"clicked": ["a"]}}
+    with pytest.raises(RequestError) as caught:
+        assemble(Assembler(encoder, source), parser, body)
+    assert str(caught.value).startswith("histories.clicked.item_id must hold integers, as when it was fitted, got ")
+    assert "candidates" not in str(caught.value)
+
+
 def test_without_stored_features_keys_are_still_values(world: World, parser: RequestParser) -> None:
     encoder = world.training_set.encoder
     bare = Assembler(encoder, NoFeatures(encoder))

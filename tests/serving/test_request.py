@@ -100,6 +100,14 @@ def test_time_is_now_and_utc_where_it_does_not_say() -> None:
             "histories.'seen' must give the time of every event, or of none",
         ),
         ({"candidates": [1], "histories": {"seen": [1, "a"]}}, "histories.'seen' must have keys of one type"),
+        (
+            {"candidates": [1], "histories": {"seen": [{"item_id": 1, "tme": 5}]}},
+            "histories.'seen'[0].'tme' is not a column that a feature reads, did you mean 'time'?",
+        ),
+        (
+            {"candidates": [1], "histories": {"clicked": [{"item_id": 1, "zzzz": 5}]}},
+            "known names: 'category', 'dwell', 'item_id', 'tags', 'time'",
+        ),
         ({"candidates": [1], "task": "buy"}, "task must be one of the model's"),
         ({"candidates": [1], "request_id": [1]}, "request_id must be text"),
     ],
