@@ -162,7 +162,8 @@ def base_metrics(
             f"base must be a run on the training set {training_set.folder}, but {base} was trained on another",
             hint="metrics over different rows cannot be compared",
         )
-    return evaluate(predict(trained.model, training_set, split, batch_size))
+    length = trained.experiment.training.history_length
+    return evaluate(predict(trained.model, training_set, split, batch_size, history_length=length))
 
 
 def relative_improvements(

@@ -14,11 +14,9 @@ from torch import Tensor, nn
 from recsys.batch import Batch
 from recsys.embedded import Use, columns_of_side
 from recsys.embeddings import ids_of
-from recsys.training_set import TrainingSet
-from training.data import BatchLoader
+from training.data import LoadedBatch
 from training.optim import TableRows
 
-_COUNTING_ROWS = 16_384
 """Rows of a batch while counting; decides memory, not the result."""
 
 
@@ -61,14 +59,15 @@ def ids_by_table(batch: Batch, uses: Mapping[str, Sequence[Use]]) -> dict[str, T
 
 
 def count_impressions(
-    training_set: TrainingSet, uses: Mapping[str, Sequence[Use]], sizes: Mapping[str, int]
+    batches: Iterable[LoadedBatch], uses: Mapping[str, Sequence[Use]], sizes: Mapping[str, int]
 ) -> dict[str, Tensor]:
-    r"""In how many impressions of the train split each row of each table occurs: the :math:`n_j` of DIN.
+    r"""In how many training impressions each row of each table occurs: the :math:`n_j` of DIN.
 
     An impression has the ids of its candidate, its user and context, and its histories as the model sees them; one that
     has an id twice, say as the candidate and in a history, counts once.
 
     Args:
+        batches: everything that an epoch of training sees.
         uses: by table.
         sizes: rows by table.
 
@@ -79,7 +78,7 @@ def count_impressions(
     same: dict[tuple[Use, ...], str] = {}  # tables that are looked up alike are counted once
     for table, places in uses.items():
         same.setdefault(tuple(places), table)
-    for loaded in BatchLoader(training_set, "train", _COUNTING_ROWS):
+    for loaded in batches:
         for places, table in same.items():
             _count(loaded.batch, places, counts[table])
     return {table: counts[same[tuple(places)]] for table, places in uses.items()}

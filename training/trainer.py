@@ -18,7 +18,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from types import FrameType
@@ -59,6 +59,9 @@ from training.strategy import SingleProcess, Strategy
 from training.tracking import Tracker
 
 _log = logging.getLogger(__name__)
+
+_COUNTING_ROWS = 16_384
+"""Rows that are looked through at a time where ids are counted."""
 
 _LOOK_EVERY_STEPS = 10
 """Steps between looks at losses, clock and signals: a look waits for the device and is agreed on by all ranks."""
@@ -323,13 +326,15 @@ class Trainer:
         self._balancing = self._balance_optimizer()
         groups = [*self._optimizer.param_groups, *(self._balancing.param_groups if self._balancing else ())]
         self._rates = LearningRates(groups)
+        # Shuffled epochs pack their requests a little differently, so that they may end a few steps sooner or later.
+        self._total_steps = self._config.epochs * sum(1 for _ in self._epoch(self._config.batch_size).plan())
         self._decay: MiniBatchAwareDecay | None = None
         if self._config.mini_batch_aware_l2:
             display.say("counting the impressions of every id")
             self._decay = MiniBatchAwareDecay(
                 uses,
                 rows,
-                count_impressions(training_set, uses, table_rows),
+                count_impressions(self._epoch(_COUNTING_ROWS), uses, table_rows),
                 self._config.mini_batch_aware_l2,
                 strategy.all_gather,
             )
@@ -360,21 +365,28 @@ class Trainer:
 
     # Steps
 
-    def _train_epoch(self, stop: _StopSignals) -> None:
-        config, progress = self._config, self._progress
-        loader = BatchLoader(
+    def _epoch(self, batch_size: int) -> BatchLoader:
+        """Everything that an epoch learns from, in the order of the split."""
+        config = self._config
+        return BatchLoader(
             self._training_set,
             "train",
-            config.batch_size,
-            config.shuffle,
+            batch_size,
             seed=config.seed,
+            fraction=config.data_fraction,
+            history_length=config.history_length,
+        )
+
+    def _train_epoch(self, stop: _StopSignals) -> None:
+        config, progress = self._config, self._progress
+        loader = replace(
+            self._epoch(config.batch_size),
+            shuffle=config.shuffle,
             epoch=progress.epoch,
             start_batch=progress.batch,
             rank=self._strategy.rank,
             world=self._strategy.world,
             prefetch=config.prefetch_batches,
-            fraction=config.data_fraction,
-            history_length=config.history_length,
         )
         self._display.start(f"epoch {progress.epoch + 1} of {config.epochs}", loader.num_rows, progress.epoch_rows)
         self._model.train()
@@ -418,10 +430,9 @@ class Trainer:
 
     def _factor(self) -> float:
         """What the learning rates of the next step are multiplied by."""
-        config = self._config
-        total_steps = max(config.epochs * self._training_set.split("train").num_rows // config.batch_size, 1)
+        progress = self._progress
         return schedule.factor(
-            config.lr_schedule, self._progress.step, total_steps=total_steps, plateau=self._progress.plateau
+            self._config.lr_schedule, progress.step, total_steps=self._total_steps, plateau=progress.plateau
         )
 
     def _learning_rates(self) -> dict[str, float]:

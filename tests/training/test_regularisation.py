@@ -13,7 +13,7 @@ from torch import Tensor
 
 from recsys.batch import Bags, Batch
 from recsys.config import validate
-from recsys.embedded import Use, columns_of_side
+from recsys.embedded import Use, columns_of_side, uses_of_tables
 from recsys.errors import ConfigError
 from recsys.models import RankingModel, build_model
 from recsys.models.din import DINConfig
@@ -121,7 +121,7 @@ def test_an_adaptive_optimizer_does_not_rescale_the_decay(fused_pair: Any) -> No
 
 def test_impressions_are_counted_as_a_double_loop_counts_them(training_set: TrainingSet) -> None:
     uses = build_model(DINConfig(embedding_dim=4), training_set.schema, training_set.encoder.table_sizes).lookup.uses
-    found = count_impressions(training_set, uses, training_set.encoder.table_sizes)
+    found = count_impressions(BatchLoader(training_set, "train", 64), uses, training_set.encoder.table_sizes)
     expected: dict[str, Counter[int]] = {table: Counter() for table in uses}
     for loaded in BatchLoader(training_set, "train", 1, prefetch=0):  # a request at a time
         batch = loaded.batch
@@ -162,3 +162,12 @@ def test_l2_over_tables_needs_an_optimizer_that_sees_all_rows() -> None:
     with pytest.raises(ConfigError, match=r"embedding_l2 must be 0 with embedding_optimizer.kind 'adagrad'"):
         validate(TrainingConfig, {"embedding_l2": 0.05}, source="test")
     validate(TrainingConfig, {"embedding_l2": 0.05, "embedding_optimizer": {"kind": "adam"}}, source="test")
+
+
+def test_ids_are_counted_in_what_is_learnt_from(training_set: TrainingSet) -> None:
+    """Less data and shorter histories give smaller counts, none larger."""
+    uses, sizes = uses_of_tables(training_set.schema), training_set.encoder.table_sizes
+    whole = count_impressions(BatchLoader(training_set, "train", 64), uses, sizes)
+    part = count_impressions(BatchLoader(training_set, "train", 64, fraction=0.5, history_length=1), uses, sizes)
+    assert all((part[table] <= whole[table]).all() for table in whole)
+    assert 0 < part["item"].sum() < 0.6 * whole["item"].sum()

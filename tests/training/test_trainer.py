@@ -563,3 +563,14 @@ def test_training_outside_the_main_thread_works(make_experiment: MakeExperiment,
     thread.join()
     assert isinstance(found[0], TrainResult)
     assert json.loads((run_dir / "summary.json").read_text())["epochs"] == 1
+
+
+def test_a_cosine_ends_with_the_part_of_the_data_that_is_learnt_from(
+    make_experiment: MakeExperiment, run_dir: Path
+) -> None:
+    experiment = make_experiment(epochs=2, data_fraction=0.3, lr_schedule={"kind": "cosine", "final": 0.1})
+    train(experiment, schema(), run_dir, progress=False)
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    rates = [line["lr"]["network"] for line in lines if line["kind"] == "epoch"]
+    assert rates[0] == pytest.approx(0.001 * 0.55, rel=0.1), "halfway after the first of two epochs"
+    assert rates[1] == pytest.approx(0.001 * 0.1, rel=0.1)
