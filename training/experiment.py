@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -30,6 +31,7 @@ class SelectionConfig(Config):
 
     metric: MetricName = "auc"
     task: Name | None = Field(None, description="the schema's first task if not given")
+    mean_over_tasks: bool = Field(False, description="the metric's mean over all tasks decides, and none by itself")
     patience: int | None = Field(
         2, ge=1, description="stop after so many epochs in a row without a better one; null: never"
     )
@@ -38,6 +40,35 @@ class SelectionConfig(Config):
     def higher_is_better(self) -> bool:
         """Direction of the metric."""
         return HIGHER_IS_BETTER[self.metric]
+
+    @model_validator(mode="after")
+    def _task_or_mean(self) -> Self:
+        if self.mean_over_tasks and self.task is not None:
+            raise ValueError(f"task must be null where mean_over_tasks is true, got {self.task!r}")
+        return self
+
+
+@dataclass(frozen=True)
+class Criterion:
+    """What a checkpoint is chosen by: a metric of one task, or its mean over several.
+
+    Attributes:
+        metric: a field of :class:`~recsys.metrics.Metrics`.
+        tasks: at least one.
+    """
+
+    metric: MetricName
+    tasks: tuple[str, ...]
+
+    def __str__(self) -> str:
+        if len(self.tasks) == 1:
+            return f"{self.tasks[0]}.{self.metric}"
+        return f"mean {self.metric} of {', '.join(self.tasks)}"
+
+    def value(self, metrics: Mapping[str, Mapping[str, Any]]) -> float | None:
+        """The value in the metrics of every task; None where one of them is not defined."""
+        values = [metrics[task][self.metric] for task in self.tasks]
+        return None if any(v is None or v != v for v in values) else sum(values) / len(values)
 
 
 class TrainingConfig(Config):
@@ -157,9 +188,12 @@ class ExperimentConfig(Config):
             deciding["distillation"] = self.distillation.model_dump(mode="json")
         return fingerprint(deciding)
 
-    def selection_task(self, schema: Schema) -> str:
-        """Name of the task whose validation metric chooses the checkpoint."""
-        return self.training.selection.task or schema.tasks[0].name
+    def criterion(self, schema: Schema) -> Criterion:
+        """The validation metric that chooses the checkpoint."""
+        selection, names = self.training.selection, tuple(task.name for task in schema.tasks)
+        if selection.mean_over_tasks:
+            return Criterion(selection.metric, names)
+        return Criterion(selection.metric, (selection.task or names[0],))
 
 
 def load_experiment(path: str | Path, overrides: Iterable[str] = ()) -> tuple[ExperimentConfig, Schema]:

@@ -14,6 +14,7 @@ import torch
 from recsys.config import fingerprint
 from recsys.errors import IntegrityError
 from recsys.metrics import Metrics
+from recsys.schema import Schema
 from recsys.training_set import SPLITS, TrainingSet
 from training.evaluate import Predictions, evaluate
 from training.experiment import ExperimentConfig
@@ -59,7 +60,7 @@ def write_run_report(
         data=_data(training_set),
         config=experiment.model_dump(mode="json"),
         environment=_environment(summary),
-        curve=_curve(folder, experiment, summary),
+        curve=_curve(folder, experiment, training_set.schema, summary),
     )
     write_report(folder.report, data)
 
@@ -75,7 +76,9 @@ def _task(predictions: Predictions, task: str, metrics: Metrics, others: Sequenc
     )
 
 
-def _curve(folder: RunFolder, experiment: ExperimentConfig, summary: Mapping[str, Any]) -> LearningCurve:
+def _curve(
+    folder: RunFolder, experiment: ExperimentConfig, schema: Schema, summary: Mapping[str, Any]
+) -> LearningCurve:
     lines = folder.lines()
     epochs = [line for line in lines if line["kind"] == "epoch"]
     if not epochs:
@@ -83,8 +86,8 @@ def _curve(folder: RunFolder, experiment: ExperimentConfig, summary: Mapping[str
             f"{folder.metrics} must hold the epochs of the run, got none", hint=f"delete {folder.path} and train again"
         )
     steps_per_epoch = epochs[0]["step"]
-    task, _, metric = str(summary["selected_by"]).partition(".")
-    points = [(e["epoch"], e["validation"][task][metric]) for e in epochs]
+    criterion = experiment.criterion(schema)
+    points = [(e["epoch"], criterion.value(e["validation"])) for e in epochs]
     losses = [(line["step"] / steps_per_epoch, line["train_loss"]) for line in lines if line["kind"] == "step"]
     return LearningCurve(
         train_loss=tuple(losses) or tuple((e["epoch"], e["train_loss"]) for e in epochs),

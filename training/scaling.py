@@ -160,10 +160,10 @@ def run_trial(config: str | Path, overrides: Sequence[str], trial: Trial) -> dic
     experiment, schema = load_experiment(config, [*overrides, *trial.overrides])
     result = train(experiment, schema, trial.folder, progress=False)
     training_set = open_training_set(experiment, schema)
-    task, selection = experiment.selection_task(schema), experiment.training.selection
-    value = result.validation[task][selection.metric]
+    criterion = experiment.criterion(schema)
+    value = criterion.value(result.validation)
     if value is None:
-        raise DataError(f"validation {task}.{selection.metric} is not defined for {trial.folder}")
+        raise DataError(f"validation {criterion} is not defined for {trial.folder}")
     parameters, flops_per_row = cost_of(experiment, training_set)
     loader = BatchLoader(
         training_set, "train", 1, seed=experiment.training.seed, fraction=experiment.training.data_fraction
@@ -410,7 +410,7 @@ def run_study(
         advance(len(trials), len(trials))
     outcomes = tuple(Outcome(**result) for result in results)
     curves = tuple(curves_of(axes, outcomes))
-    metric = f"{experiment.selection_task(schema)}.{experiment.training.selection.metric}"
+    metric = str(experiment.criterion(schema))
     study = Study(
         experiment.name,
         metric,

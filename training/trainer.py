@@ -117,7 +117,7 @@ class TrainResult:
         stopped_early: the validation metric had stopped getting better.
         best_epoch: 1 for the first.
         best_checkpoint: its name.
-        selected_by: the validation metric, ``task.metric``.
+        selected_by: the validation metric, ``task.metric`` or the mean over several tasks.
         validation: metrics by task of the best epoch; None where undefined.
         test: metrics by task with the best checkpoint; None if the split is empty.
         teacher: metrics by split and task of the teacher that was trained along, with the same checkpoint; None where
@@ -311,7 +311,7 @@ class Trainer:
         self._strategy = strategy
         self._display = display
         self._tracker = tracker
-        self._task = experiment.selection_task(schema)
+        self._criterion = experiment.criterion(schema)
         self._store = CheckpointStore(
             folder.checkpoints, rank=strategy.rank, world=strategy.world, barrier=strategy.barrier
         )
@@ -513,10 +513,10 @@ class Trainer:
     def _end_epoch(self) -> None:
         progress, selection = self._progress, self._config.selection
         metrics = evaluate(self._predict("validation"))
-        value = getattr(metrics[self._task], selection.metric)
-        if value != value:
+        value = self._criterion.value(plain(metrics))
+        if value is None:
             raise DataError(
-                f"validation {self._task}.{selection.metric} must be defined, but the split has one class only",
+                f"validation {self._criterion} must be defined, but the split has one class only",
                 hint="move data.split.train_end and data.split.validation_end so that it has clicks and non-clicks",
             )
         train_loss = progress.epoch_loss / progress.epoch_rows
@@ -561,9 +561,10 @@ class Trainer:
         if self._tracker is not None:
             values = _flat_metrics("validation", plain(metrics))
             self._tracker.log_metrics({"train.epoch_loss": train_loss, "epoch": progress.epoch} | values, progress.step)
-        m = metrics[self._task]
+        first = self._criterion.tasks[0]
+        m = metrics[first]
         self._display.say(
-            f"epoch {progress.epoch}: train loss {train_loss:.4f}, validation {self._task} auc {m.auc:.4f} "
+            f"epoch {progress.epoch}: train loss {train_loss:.4f}, validation {first} auc {m.auc:.4f} "
             f"gauc {m.gauc:.4f} logloss {m.logloss:.4f}" + (" (best)" if is_best else "")
         )
 
@@ -610,7 +611,7 @@ class Trainer:
             stopped_early=progress.epoch < self._config.epochs,
             best_epoch=progress.best_epoch,
             best_checkpoint=progress.best,
-            selected_by=f"{self._task}.{self._config.selection.metric}",
+            selected_by=str(self._criterion),
             validation=best["validation"],
             test=plain(metrics) if split == "test" else None,
             teacher={"validation": best["teacher_validation"], split: plain(teacher)} if teacher else None,

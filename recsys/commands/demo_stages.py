@@ -151,7 +151,7 @@ def run_demo(root: Path, *, impressions: int, epochs: int) -> DemoResult:
         override("training.epochs", epochs),
     ]
     experiment, schema = load_experiment(shipped_config(EXPERIMENT), overrides)
-    task = experiment.selection_task(schema)
+    task = experiment.criterion(schema).tasks[0]
 
     _simulate(root, impressions)
     clock.lap("simulate")

@@ -379,6 +379,27 @@ def test_the_best_epoch_on_validation_is_kept_and_patience_ends_training(
     assert result.validation["like"]["gauc"] == 0.7
 
 
+def test_the_mean_over_tasks_chooses_the_checkpoint(
+    make_experiment: MakeExperiment, run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The best epoch of neither task, but of their mean."""
+    planned = iter([(0.9, 0.1), (0.7, 0.7), (0.1, 0.9)])
+    original = training.trainer.evaluate
+
+    def scripted(predictions: Any) -> Any:
+        metrics = original(predictions)
+        for name, value in zip(("click", "like"), next(planned, ()), strict=False):
+            object.__setattr__(metrics[name], "auc", value)
+        return metrics
+
+    monkeypatch.setattr(training.trainer, "evaluate", scripted)
+    selection = {"metric": "auc", "mean_over_tasks": True, "patience": None}
+    result = train(make_experiment(epochs=3, selection=selection), schema(), run_dir, progress=False)
+    assert (result.best_epoch, result.selected_by) == (2, "mean auc of click, like")
+    with pytest.raises(ConfigError, match=r"selection: .*task must be null where mean_over_tasks is true, got 'like'"):
+        make_experiment(selection={"mean_over_tasks": True, "task": "like"})
+
+
 def test_lower_is_better_for_losses(
     make_experiment: MakeExperiment, run_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
