@@ -56,9 +56,11 @@ CALM = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "RAY_USAGE_STATS_ENABLED": "0",
     "OMP_WAIT_POLICY": "passive",
+    "GOMP_SPINCOUNT": "500",
 }
 """Set for every command unless set already: libraries draw no bars of their own and call nobody; and OpenMP's threads
-do not spin while they wait for one another, for beside a busy process that makes training many times slower."""
+spin for microseconds at most while they wait for one another, for beside a busy process long spinning makes training many
+times slower. GNU's runtime, which is torch's, goes by the count, others by the policy."""
 
 
 _FILES = "check the path, what may be read and written there, and the space left; --debug shows what was being done"
