@@ -59,8 +59,8 @@ CALM = {
     "GOMP_SPINCOUNT": "500",
 }
 """Set for every command unless set already: libraries draw no bars of their own and call nobody; and OpenMP's threads
-spin for microseconds at most while they wait for one another, for beside a busy process spinning for long makes training
-many times slower. GNU's runtime, which is torch's, goes by the count, others by the policy."""
+spin for microseconds at most while they wait for one another, for spinning for long beside a busy process makes
+training many times slower. GNU's runtime, which is torch's, goes by the count, others by the policy."""
 
 
 _FILES = "check the path, what may be read and written there, and the space left; --debug shows what was being done"
