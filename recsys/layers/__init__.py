@@ -14,7 +14,7 @@ from recsys.layers.activations import (
     build_activation,
     masked_moments,
 )
-from recsys.layers.attention import ActivationUnit, MeanPooling, SoftmaxTargetAttention, TargetAttention
+from recsys.layers.attention import ActivationUnit, SoftmaxTargetAttention, TargetAttention
 from recsys.layers.dropout import Dropout
 from recsys.layers.expert_towers import ExpertTowers
 from recsys.layers.interactions import (
@@ -29,6 +29,7 @@ from recsys.layers.interactions import (
 )
 from recsys.layers.mlp import MLP, JoinedLinear, JoinedMLP
 from recsys.layers.normalisation import RowBatchNorm
+from recsys.layers.pooling import MeanPooling, mean_of_events
 from recsys.layers.rows import FlatRows, ManyRequests, OneRequest, Rows, rows_of
 from recsys.layers.unified_attention import (
     AlignmentPooling,
@@ -80,6 +81,7 @@ __all__ = [
     "UnifiedAttentionEncoder",
     "build_activation",
     "masked_moments",
+    "mean_of_events",
     "rows_of",
     "variance_scaling_",
 ]

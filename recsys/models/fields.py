@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from recsys.config import Config
 from recsys.embedded import Embedded, EmbeddedHistory, Space, all_uses
 from recsys.errors import SchemaError
-from recsys.layers import ActivationName
+from recsys.layers import ActivationName, mean_of_events
 from recsys.schema import Dense, Schema
 
 Width = Annotated[int, Field(ge=1, le=65536)]
@@ -139,11 +139,7 @@ class Fields(nn.Module):
 
     def _pooled(self, name: str, history: EmbeddedHistory) -> Tensor:
         """(R, D): the mean over a request's events, zero where there are none."""
-        events = self._vector(name, history.features)
-        lengths = history.lengths.unsqueeze(1)
-        valid = torch.arange(events.shape[1], device=events.device) < lengths
-        share = valid.to(events.dtype) / lengths.clamp(min=1).to(events.dtype)
-        return (share.unsqueeze(1) @ events).squeeze(1)
+        return mean_of_events(self._vector(name, history.features), history.lengths)
 
 
 def xavier_normal(module: nn.Module) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from recsys.embedded import Embedded, widths
 from recsys.errors import SchemaError
-from recsys.layers import TargetAttention
+from recsys.layers import TargetAttention, mean_of_events
 from recsys.schema import Schema
 
 HistoryPooling = Literal["mean", "din"]
@@ -78,10 +78,7 @@ class _Averaged(nn.Module):
         """The mean over a request's events (R, .), zero where there are none."""
         history = embedded.histories[self._name]
         events = torch.cat([history.features[name] for name in self._features], dim=2)
-        lengths = history.lengths.unsqueeze(1)
-        valid = torch.arange(events.shape[1], device=events.device) < lengths
-        share = valid.to(events.dtype) / lengths.clamp(min=1)
-        return (share.unsqueeze(1) @ events).squeeze(1)
+        return mean_of_events(events, history.lengths)
 
 
 class _Attended(nn.Module):
