@@ -16,7 +16,7 @@ from recsys.layers.activations import (
 )
 from recsys.layers.attention import ActivationUnit, SoftmaxTargetAttention, TargetAttention
 from recsys.layers.dropout import Dropout
-from recsys.layers.expert_towers import ExpertTowers
+from recsys.layers.experts import Experts, ExpertsOfOwnInputs, ExpertTowers
 from recsys.layers.interactions import (
     BilinearFusion,
     CrossNetwork,
@@ -27,7 +27,7 @@ from recsys.layers.interactions import (
     RowGatedMLP,
     StaticGatedMLP,
 )
-from recsys.layers.mlp import MLP, JoinedLinear, JoinedMLP
+from recsys.layers.mlp import MLP, JoinedLinear, JoinedMLP, TaskTowers
 from recsys.layers.normalisation import RowBatchNorm
 from recsys.layers.pooling import MeanPooling, mean_of_events
 from recsys.layers.rows import FlatRows, ManyRequests, OneRequest, Rows, rows_of
@@ -55,6 +55,8 @@ __all__ = [
     "Distinct",
     "Dropout",
     "ExpertTowers",
+    "Experts",
+    "ExpertsOfOwnInputs",
     "FeatureGate",
     "FlatRows",
     "JoinedLinear",
@@ -78,6 +80,7 @@ __all__ = [
     "StaticGatedMLP",
     "SwiGLU",
     "TargetAttention",
+    "TaskTowers",
     "UnifiedAttentionEncoder",
     "build_activation",
     "masked_moments",

@@ -35,6 +35,7 @@ from recsys.errors import SchemaError
 from recsys.layers import MLP, ExpertTowers, JoinedMLP, TargetAttention, mean_of_events
 from recsys.losses import Similarity, contrastive_loss
 from recsys.models.base import RankingModel, TrainingOutput
+from recsys.models.inputs import candidate_features
 from recsys.schema import History, Schema
 
 Width = Annotated[int, Field(ge=1, le=65536)]
@@ -299,7 +300,7 @@ class AWMoE(nn.Module):
             )
         width, hidden, size = widths(schema, config.embedding_dim), config.group_hidden, config.group_hidden[-1]
         in_history = {name for history in schema.histories for name in history.attributes}
-        items = [f.name for f in (*schema.features_of("item"), *schema.features_of("candidate"))]
+        items = candidate_features(schema)
         self._query = context if config.anchor == "query" else []
         self._request = [f.name for f in schema.features_of("user")] + ([] if self._query else context)
         self._candidate = [name for name in items if name not in in_history]

@@ -22,7 +22,8 @@ from recsys.embedded import Embedded
 from recsys.embeddings import Lookup
 from recsys.layers import CrossNetwork, JoinedMLP, OneRequest, RowBatchNorm, Rows, rows_of
 from recsys.models.base import RankingModel
-from recsys.models.fields import DeepConfig, Fields, table_width, xavier_normal
+from recsys.models.fields import DeepConfig, table_width, xavier_normal
+from recsys.models.inputs import Fields
 from recsys.schema import Schema
 
 

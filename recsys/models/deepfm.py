@@ -20,7 +20,8 @@ from recsys.embedded import Embedded
 from recsys.embeddings import Lookup
 from recsys.layers import JoinedMLP, OneRequest, PairwiseInteraction, RowBatchNorm, Rows, rows_of
 from recsys.models.base import RankingModel
-from recsys.models.fields import FIRST_ORDER, DeepConfig, Fields, first_order_space, table_width, xavier_normal
+from recsys.models.fields import FIRST_ORDER, DeepConfig, first_order_space, table_width, xavier_normal
+from recsys.models.inputs import Fields
 from recsys.schema import Schema
 
 

@@ -42,7 +42,8 @@ from recsys.layers import (
     rows_of,
 )
 from recsys.models.base import RankingModel, TrainingOutput
-from recsys.models.fields import Fields, FieldsConfig, Width, table_width, xavier_normal
+from recsys.models.fields import FieldsConfig, Width, table_width, xavier_normal
+from recsys.models.inputs import Fields
 from recsys.schema import Categorical, Schema
 
 

@@ -20,7 +20,8 @@ from recsys.embedded import Embedded
 from recsys.embeddings import Lookup
 from recsys.layers import OneRequest, PairwiseInteraction, Rows, rows_of
 from recsys.models.base import RankingModel
-from recsys.models.fields import FIRST_ORDER, Fields, FieldsConfig, first_order_space, table_width, xavier_normal
+from recsys.models.fields import FIRST_ORDER, FieldsConfig, first_order_space, table_width, xavier_normal
+from recsys.models.inputs import Fields
 from recsys.schema import Schema
 
 

@@ -40,7 +40,7 @@ from recsys.config import Config
 from recsys.embedded import Embedded, EmbeddedHistory, widths
 from recsys.embeddings import Lookup
 from recsys.errors import SchemaError
-from recsys.layers import MLP, ActivationName, Dice, JoinedMLP, PReLU
+from recsys.layers import MLP, ActivationName, Dice, JoinedMLP, PReLU, TaskTowers
 from recsys.layers.token_attention import (
     Call,
     GatedTokens,
@@ -50,6 +50,7 @@ from recsys.layers.token_attention import (
     cross_attention,
 )
 from recsys.models.base import RankingModel
+from recsys.models.inputs import candidate_features, event_features, request_features
 from recsys.schema import Dense, Schema
 
 Width = Annotated[int, Field(ge=1, le=65536)]
@@ -206,14 +207,14 @@ class Tokens(nn.Module):
     def __init__(self, schema: Schema, dim: int, *, input_norm: bool, position: Literal["none", "learned"]) -> None:
         super().__init__()
         width = widths(schema, dim)
-        self.request_names = [f.name for f in (*schema.features_of("user"), *schema.features_of("context"))]
-        self.row_names = [f.name for f in (*schema.features_of("item"), *schema.features_of("candidate"))]
+        self.request_names = request_features(schema)
+        self.row_names = candidate_features(schema)
         self.dim = dim
         dense = [f for f in schema.features if isinstance(f, Dense)]
         self._dense = {f.name: position for position, f in enumerate(dense)}
         # DIFF(paper): a linear map, not buckets, because the schema says already which numbers are bucketed.
         self.dense = nn.ModuleList(nn.Linear(f.dim, dim) for f in dense)
-        self._histories = [(h.name, [*h.attributes, *(f.name for f in h.event_features)]) for h in schema.histories]
+        self._histories = [(h.name, event_features(h)) for h in schema.histories]
         # RECONSTRUCTION: attributes side by side, then a map to D.
         self.event = nn.ModuleList(nn.Linear(sum(width[n] for n in names), dim) for _, names in self._histories)
         self.place = nn.ModuleList(
@@ -573,11 +574,11 @@ class INFNet(nn.Module):
 
     def _logits(self, streams: Mapping[str, Tensor], num_rows: int) -> Tensor:
         by_all = [streams[name].flatten(-2).expand(num_rows, -1) for name in self._read_by_all]
-        logits = []
-        for task, head in enumerate(self.heads):
+        inputs = []
+        for task in range(len(self.heads)):
             by_each = [streams[name][..., task, :].expand(num_rows, -1) for name in self._read_by_each]
-            logits.append(head(torch.cat([*by_each, *by_all], dim=1)))
-        return torch.cat(logits, dim=1)
+            inputs.append(torch.cat([*by_each, *by_all], dim=1))
+        return self.heads(inputs)  # type: ignore[no-any-return]
 
 
 class INFNetWithoutFlow(nn.Module):
@@ -651,9 +652,7 @@ class INFNetWithoutFlow(nn.Module):
         num_rows = inputs.rows.shape[0]
         proxies_NP = torch.cat([fields_NPD.flatten(1), events_NPD.flatten(-2).expand(num_rows, -1)], dim=1)
         task_TD = self.task * gate_D
-        return torch.cat(
-            [head(torch.cat([task_TD[t].expand(num_rows, -1), proxies_NP], 1)) for t, head in enumerate(self.heads)], 1
-        )
+        return self.heads([torch.cat([task_D.expand(num_rows, -1), proxies_NP], dim=1) for task_D in task_TD])  # type: ignore[no-any-return]
 
 
 TOKEN_STD = 0.02
@@ -666,11 +665,7 @@ def require_tokens(schema: Schema) -> None:
     Raises:
         SchemaError: there is no history, or no feature of candidates.
     """
-    if not (schema.features_of("item") or schema.features_of("candidate")):
-        raise SchemaError(
-            "features must have at least one of scope 'item' or 'candidate', got none",
-            hint="all candidates of a request would get the same score",
-        )
+    candidate_features(schema)
     if not schema.histories:
         raise SchemaError(
             "histories must name at least one history for the model 'infnet', got none",
@@ -700,15 +695,9 @@ def build_sequence_proxies(config: INFNetConfig, schema: Schema) -> _SequencePro
     )
 
 
-def build_heads(config: INFNetConfig, input_size: int, num_tasks: int) -> nn.ModuleList:
+def build_heads(config: INFNetConfig, input_size: int, num_tasks: int) -> TaskTowers:
     """One MLP a task, ending in one logit."""
-    return nn.ModuleList(
-        nn.Sequential(
-            MLP(input_size, config.hidden, activation=config.activation, dropout=config.dropout),
-            nn.Linear(config.hidden[-1], 1),
-        )
-        for _ in range(num_tasks)
-    )
+    return TaskTowers(input_size, config.hidden, num_tasks, activation=config.activation, dropout=config.dropout)
 
 
 def reset_infnet(network: nn.Module) -> None:
