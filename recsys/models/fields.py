@@ -1,7 +1,8 @@
-"""What models over :class:`~recsys.models.inputs.Fields` have in common: configs, tables, initialisation."""
+"""What models over :class:`~recsys.models.inputs.Fields` have in common: configs, MLP, initialisation, tables."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Annotated
 
 from pydantic import Field
@@ -9,7 +10,10 @@ from torch import nn
 
 from recsys.config import Config
 from recsys.embedded import Space, all_uses
-from recsys.layers import ActivationName
+from recsys.embeddings import Lookup
+from recsys.layers import ActivationName, JoinedMLP, RowBatchNorm
+from recsys.models.base import RankingModel
+from recsys.models.inputs import Fields
 from recsys.schema import Schema
 
 Width = Annotated[int, Field(ge=1, le=65536)]
@@ -52,6 +56,18 @@ def first_order_space(schema: Schema) -> Space:
     return Space(FIRST_ORDER, table_width(len(schema.tasks)), all_uses(schema))
 
 
+def deep_mlp(config: DeepConfig, fields: Fields) -> JoinedMLP:
+    """The hidden layers over all fields side by side, the request's part of the first one done once a request."""
+    return JoinedMLP(
+        fields.request_size,
+        fields.row_size,
+        config.hidden,
+        activation=config.activation,
+        dropout=config.dropout,
+        norm=RowBatchNorm if config.batch_norm else None,
+    )
+
+
 def xavier_normal(module: nn.Module) -> None:
     """Weights of every linear layer Xavier-normal, biases 0 (Glorot and Bengio, AISTATS 2010; BARS protocol)."""
     for layer in module.modules():
@@ -59,3 +75,23 @@ def xavier_normal(module: nn.Module) -> None:
             nn.init.xavier_normal_(layer.weight)
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
+
+
+def with_tables(
+    network: nn.Module,
+    config: FieldsConfig,
+    schema: Schema,
+    table_sizes: Mapping[str, int],
+    *,
+    spaces: Sequence[Space] = (),
+) -> RankingModel:
+    """The network behind a look-up of tables as wide as its fields.
+
+    Args:
+        table_sizes: rows of each embedding table, padding and unknown included.
+        spaces: tables of other roles, beside the main ones.
+    """
+    lookup = Lookup(
+        schema, table_sizes, table_width(config.embedding_dim), spaces=spaces, init_std=config.embedding_init_std
+    )
+    return RankingModel(lookup, network)
