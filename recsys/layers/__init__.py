@@ -15,6 +15,7 @@ from recsys.layers.activations import (
     masked_moments,
 )
 from recsys.layers.attention import ActivationUnit, SoftmaxTargetAttention, TargetAttention
+from recsys.layers.attention_patterns import CausalPattern, LocalDilatedPattern
 from recsys.layers.dropout import Dropout
 from recsys.layers.experts import Experts, ExpertsOfOwnInputs, ExpertTowers
 from recsys.layers.interactions import (
@@ -28,15 +29,12 @@ from recsys.layers.interactions import (
     StaticGatedMLP,
 )
 from recsys.layers.mlp import MLP, JoinedLinear, JoinedMLP, TaskTowers
-from recsys.layers.normalisation import RowBatchNorm
+from recsys.layers.normalisation import RMSNorm, RowBatchNorm
 from recsys.layers.pooling import MeanPooling, mean_of_events
 from recsys.layers.rows import FlatRows, ManyRequests, OneRequest, Rows, rows_of
 from recsys.layers.unified_attention import (
     AlignmentPooling,
-    CausalPattern,
-    LocalDilatedPattern,
     NormStyle,
-    RMSNorm,
     SwiGLU,
     UnifiedAttentionEncoder,
     variance_scaling_,
