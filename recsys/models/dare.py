@@ -474,7 +474,7 @@ class LongHistoryNetwork(nn.Module):
 
 def _newer_wins(scores: Tensor) -> Tensor:
     """(L,) in [0, 1), growing: decides between integer scores that are equal."""
-    return torch.arange(scores.shape[1], device=scores.device) / scores.shape[1]
+    return torch.arange(scores.shape[1], dtype=scores.dtype, device=scores.device) / scores.shape[1]
 
 
 def _key(name: str, space: str) -> str:
