@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
-from typing import Annotated, Literal, NamedTuple, Self
+from typing import Literal, NamedTuple, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -34,11 +34,10 @@ from recsys.embeddings import Lookup
 from recsys.errors import SchemaError
 from recsys.layers import MLP, ExpertTowers, JoinedMLP, TargetAttention, mean_of_events
 from recsys.losses import Similarity, contrastive_loss
-from recsys.models.base import RankingModel, TrainingOutput
+from recsys.models.base import RankingModel, TrainingOutput, Width
 from recsys.models.inputs import candidate_features
 from recsys.schema import History, Schema
 
-Width = Annotated[int, Field(ge=1, le=65536)]
 Spread = Callable[[Tensor], Tensor]
 """Values of requests (R, ...) to rows (N, ...)."""
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Annotated, Literal, NamedTuple, Self
+from typing import Literal, NamedTuple, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -29,7 +29,7 @@ from recsys.embeddings import Lookup
 from recsys.errors import SchemaError
 from recsys.layers import MLP, ActivationName, Dice, JoinedMLP, PReLU, RowBatchNorm
 from recsys.losses import binary_cross_entropy
-from recsys.models.base import RankingModel, TrainingOutput
+from recsys.models.base import RankingModel, TrainingOutput, Width
 from recsys.models.inputs import candidate_features, event_features, request_features
 from recsys.ops.search_attention import (
     attention_pool,
@@ -40,8 +40,6 @@ from recsys.ops.search_attention import (
     top_k_pool_single_request,
 )
 from recsys.schema import Categorical, History, Schema
-
-Width = Annotated[int, Field(ge=1, le=65536)]
 
 
 class _LongHistoryConfig(Config):

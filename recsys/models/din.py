@@ -13,7 +13,7 @@ history), E width of the event features, T tasks.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field
@@ -24,11 +24,9 @@ from recsys.embedded import Embedded, widths
 from recsys.embeddings import Lookup
 from recsys.errors import SchemaError
 from recsys.layers import ActivationName, Dice, JoinedMLP, MeanPooling, PReLU, SoftmaxTargetAttention, TargetAttention
-from recsys.models.base import RankingModel
+from recsys.models.base import RankingModel, Width
 from recsys.models.inputs import candidate_features, event_features, request_features
 from recsys.schema import Schema
-
-Width = Annotated[int, Field(ge=1, le=65536)]
 
 
 class DINConfig(Config):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated
 
 from pydantic import Field
 from torch import nn
@@ -12,11 +11,9 @@ from recsys.config import Config
 from recsys.embedded import Space, all_uses
 from recsys.embeddings import Lookup
 from recsys.layers import ActivationName, JoinedMLP, RowBatchNorm
-from recsys.models.base import RankingModel
+from recsys.models.base import RankingModel, Width
 from recsys.models.inputs import Fields
 from recsys.schema import Schema
-
-Width = Annotated[int, Field(ge=1, le=65536)]
 
 FIRST_ORDER = "first_order"
 """Name of the space of first-order weights."""

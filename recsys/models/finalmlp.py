@@ -40,8 +40,8 @@ from recsys.layers import (
     StaticGatedMLP,
     rows_of,
 )
-from recsys.models.base import RankingModel, TrainingOutput
-from recsys.models.fields import FieldsConfig, Width, table_width, with_tables, xavier_normal
+from recsys.models.base import RankingModel, TrainingOutput, Width
+from recsys.models.fields import FieldsConfig, table_width, with_tables, xavier_normal
 from recsys.models.inputs import Fields
 from recsys.schema import Categorical, Schema
 

@@ -31,7 +31,7 @@ Shapes: R requests, N candidates (rows), L events of all histories, M fields, D 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Annotated, Literal, NamedTuple, Self
+from typing import Literal, NamedTuple, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -59,11 +59,9 @@ from recsys.layers.token_attention import (
     SourceProjection,
     cross_attention,
 )
-from recsys.models.base import RankingModel
+from recsys.models.base import RankingModel, Width
 from recsys.models.inputs import candidate_features, event_features, request_features
 from recsys.schema import Dense, Schema
-
-Width = Annotated[int, Field(ge=1, le=65536)]
 
 
 class INFNetConfig(Config):

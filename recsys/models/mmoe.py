@@ -16,7 +16,7 @@ Shapes: R requests, N candidates (rows), K experts, H width of an expert's outpu
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Literal
+from typing import Literal
 
 from pydantic import Field
 from torch import Tensor, nn
@@ -26,11 +26,9 @@ from recsys.embedded import Embedded
 from recsys.embeddings import Lookup
 from recsys.layers import ActivationName, JoinedLinear, TaskTowers
 from recsys.layers.experts import Experts, joined_linear, mixture, reset_linears
-from recsys.models.base import RankingModel
+from recsys.models.base import RankingModel, Width
 from recsys.models.inputs import HistoryPooling, PooledInputs
 from recsys.schema import Schema
-
-Width = Annotated[int, Field(ge=1, le=65536)]
 
 
 class MMoEConfig(Config):

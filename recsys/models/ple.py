@@ -19,7 +19,7 @@ Shapes: R requests, N candidates (rows), K experts of a level, H width of an exp
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field
@@ -30,11 +30,9 @@ from recsys.embedded import Embedded
 from recsys.embeddings import Lookup
 from recsys.layers import ActivationName, JoinedLinear, TaskTowers
 from recsys.layers.experts import Experts, ExpertsOfOwnInputs, joined_linear, mixture, reset_linears
-from recsys.models.base import RankingModel
+from recsys.models.base import RankingModel, Width
 from recsys.models.inputs import HistoryPooling, PooledInputs
 from recsys.schema import Schema
-
-Width = Annotated[int, Field(ge=1, le=65536)]
 
 
 class PLEConfig(Config):

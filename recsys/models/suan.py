@@ -16,7 +16,7 @@ Shapes: R requests, N candidates (rows), L history length, D width of an event, 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -38,11 +38,10 @@ from recsys.layers import (
     UnifiedAttentionEncoder,
     variance_scaling_,
 )
-from recsys.models.base import RankingModel
+from recsys.models.base import RankingModel, Width
 from recsys.models.inputs import candidate_features, event_features
 from recsys.schema import Categorical, Schema
 
-Width = Annotated[int, Field(ge=1, le=65536)]
 CandidateMapping = Literal["projection", "slots"]
 
 
