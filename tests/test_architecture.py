@@ -67,7 +67,7 @@ RULES = {
     "recsys.models.*": rule(
         # Losses: those that a network brings along, its training_forward; the loss of its logits is not its business.
         f"{SCHEMA} recsys.batch recsys.embedded recsys.embeddings recsys.layers recsys.losses recsys.ops "
-        "recsys.models.base recsys.models.fields recsys.models.pooled",
+        "recsys.models.base recsys.models.fields recsys.models.inputs",
         "torch pydantic",
     ),
     "recsys.manifest": rule("recsys.errors recsys.files"),

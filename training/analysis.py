@@ -430,6 +430,7 @@ def scored_rows(
     places: int,
     max_rows: int,
     batch_size: int = 1024,
+    history_length: int | None = None,
 ) -> Scored:
     """Runs the network over the first rows of a split that have the task's label.
 
@@ -437,6 +438,7 @@ def scored_rows(
         history: whose events are looked at.
         feature: the history's attribute that is the category; single ids.
         places: newest events to look at.
+        history_length: newest events that the model reads, as it was trained with; the schema's bounds if not given.
 
     Raises:
         ConfigError: the model, history or feature is none that can be analysed.
@@ -449,7 +451,7 @@ def scored_rows(
     searched = network.histories[[h.name for h in schema.histories].index(history)]
     parts: list[tuple[np.ndarray, ...]] = []
     rows = 0
-    for batch in batches_of(training_set, split, batch_size):
+    for batch in batches_of(training_set, split, batch_size, history_length=history_length):
         with torch.no_grad():
             embedded = model.eval().lookup(batch)
             pooled = searched(embedded)[:, -searched.values_size :]  # type: ignore[operator]
@@ -495,9 +497,21 @@ def categories_of(schema: Schema, history: str) -> list[str]:
     return found
 
 
-def batches_of(training_set: TrainingSet, split: str, batch_size: int, *, limit: int | None = None) -> Iterator[Batch]:
-    """Batches of a split in its order, the first ones where there is a limit."""
-    with closing(iter(BatchLoader(training_set, split, batch_size))) as loaded:
+def batches_of(
+    training_set: TrainingSet,
+    split: str,
+    batch_size: int,
+    *,
+    limit: int | None = None,
+    history_length: int | None = None,
+) -> Iterator[Batch]:
+    """Batches of a split in its order.
+
+    Args:
+        limit: the first ones only.
+        history_length: newest events of each history, as the run was trained with; the schema's bounds if not given.
+    """
+    with closing(iter(BatchLoader(training_set, split, batch_size, history_length=history_length))) as loaded:
         for each in loaded:
             if limit is not None and each.index >= limit:
                 return

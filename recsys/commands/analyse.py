@@ -41,7 +41,13 @@ def gradients(
             trained.model,
             trained.experiment.model,
             trained.schema,
-            batches_of(training_set, "train", training.batch_size, limit=batches),
+            batches_of(
+                training_set,
+                "train",
+                training.batch_size,
+                limit=batches,
+                history_length=training.history_length,
+            ),
             training.task_weights,
         )
     if as_json:
@@ -99,6 +105,7 @@ def attention(
             feature=feature,
             places=places,
             max_rows=max_rows,
+            history_length=trained.experiment.training.history_length,
         )
         found = plain(
             attention_accuracy(
@@ -144,6 +151,7 @@ def discriminability(
             feature=categories_of(trained.schema, name)[0],
             places=1,
             max_rows=max_rows,
+            history_length=trained.experiment.training.history_length,
         )
         found = []
         for number in clusters or (2, 5, 10, 20, 50, 100, 200, 500, 1000):

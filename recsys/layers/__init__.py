@@ -14,9 +14,10 @@ from recsys.layers.activations import (
     build_activation,
     masked_moments,
 )
-from recsys.layers.attention import ActivationUnit, MeanPooling, SoftmaxTargetAttention, TargetAttention
+from recsys.layers.attention import ActivationUnit, SoftmaxTargetAttention, TargetAttention
+from recsys.layers.attention_patterns import CausalPattern, LocalDilatedPattern
 from recsys.layers.dropout import Dropout
-from recsys.layers.expert_towers import ExpertTowers
+from recsys.layers.experts import Experts, ExpertsOfOwnInputs, ExpertTowers
 from recsys.layers.interactions import (
     BilinearFusion,
     CrossNetwork,
@@ -27,15 +28,13 @@ from recsys.layers.interactions import (
     RowGatedMLP,
     StaticGatedMLP,
 )
-from recsys.layers.mlp import MLP, JoinedLinear, JoinedMLP
-from recsys.layers.normalisation import RowBatchNorm
+from recsys.layers.mlp import MLP, JoinedLinear, JoinedMLP, TaskTowers
+from recsys.layers.normalisation import RMSNorm, RowBatchNorm
+from recsys.layers.pooling import MeanPooling, mean_of_events
 from recsys.layers.rows import FlatRows, ManyRequests, OneRequest, Rows, rows_of
 from recsys.layers.unified_attention import (
     AlignmentPooling,
-    CausalPattern,
-    LocalDilatedPattern,
     NormStyle,
-    RMSNorm,
     SwiGLU,
     UnifiedAttentionEncoder,
     variance_scaling_,
@@ -54,6 +53,8 @@ __all__ = [
     "Distinct",
     "Dropout",
     "ExpertTowers",
+    "Experts",
+    "ExpertsOfOwnInputs",
     "FeatureGate",
     "FlatRows",
     "JoinedLinear",
@@ -77,9 +78,11 @@ __all__ = [
     "StaticGatedMLP",
     "SwiGLU",
     "TargetAttention",
+    "TaskTowers",
     "UnifiedAttentionEncoder",
     "build_activation",
     "masked_moments",
+    "mean_of_events",
     "rows_of",
     "variance_scaling_",
 ]

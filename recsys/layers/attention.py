@@ -1,4 +1,4 @@
-"""Pooling of histories: DIN's activation unit, without and with softmax, and the mean."""
+"""Pooling of histories by the candidate: DIN's activation unit, without and with softmax."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import cast
 
-import torch
 from torch import Tensor, nn
 
 from recsys.errors import ConfigError
@@ -98,41 +97,6 @@ class TargetAttention(nn.Module):
         """The same where all rows are of one request: keys (1, L, D + E), lengths (1,)."""
         unit = self.unit
         return target_attention_single_request(query, keys, lengths, unit.folded(), list(unit.activations))
-
-
-class MeanPooling(nn.Module):
-    r"""The mean of a history, whatever the candidate: what target attention is compared with.
-
-    .. math:: v_n = \frac{1}{L_{r(n)}} \sum_{l=1}^{L_{r(n)}} k_l
-
-    and 0 for an empty history. It is called as :class:`TargetAttention` is and does not read the query.
-
-    Source: Zhou et al., "Deep Interest Network for Click-Through Rate Prediction", KDD 2018, section 4.2 (BaseModel;
-    the paper pools by sum or mean).
-
-    Shape:
-        query (N, D), keys (R, L, D + E), lengths (R,), request_of_row (N,) -> (N, D + E).
-
-    Example:
-        >>> import torch
-        >>> keys, lengths = torch.tensor([[[1.0], [3.0], [100.0]]]), torch.tensor([2])
-        >>> MeanPooling()(torch.zeros(2, 1), keys, lengths, torch.zeros(2, dtype=torch.int64)).tolist()
-        [[2.0], [2.0]]
-    """
-
-    def forward(self, query: Tensor, keys: Tensor, lengths: Tensor, request_of_row: Tensor) -> Tensor:  # noqa: ARG002
-        """Pools every row's history: -> (N, D + E)."""
-        return self._means(keys, lengths).index_select(0, request_of_row)
-
-    def single_request(self, query: Tensor, keys: Tensor, lengths: Tensor) -> Tensor:
-        """The same where all rows are of one request: keys (1, L, D + E), lengths (1,)."""
-        return self._means(keys, lengths).expand(query.shape[0], -1)
-
-    def _means(self, keys: Tensor, lengths: Tensor) -> Tensor:
-        """(R, D + E)."""
-        valid = torch.arange(keys.shape[1], device=keys.device) < lengths[:, None]
-        total = torch.where(valid[:, :, None], keys, 0.0).sum(1)
-        return total / lengths.clamp(min=1)[:, None].to(keys.dtype)
 
 
 class SoftmaxTargetAttention(nn.Module):

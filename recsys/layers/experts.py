@@ -1,10 +1,11 @@
 """Mixtures of experts, all experts of a layer as one stack of matrices.
 
-Shapes: R requests, N rows, K experts, H width of an expert's output, G gates.
+Shapes: R requests, N rows, K experts, H width of an expert's output, G gates, F width of a layer.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import cast
@@ -127,6 +128,66 @@ class ExpertLayers(nn.Module):
         return x.unflatten(1, (self.num_experts, x.shape[1] // self.num_experts))  # type: ignore[no-any-return]
 
 
+class ExpertTowers(nn.Module):
+    r"""K networks of one shape over one input, from it to an output without activation: ReLU in between.
+
+    .. math:: s_k = W_k^{(n)} \operatorname{ReLU}(\cdots \operatorname{ReLU}(W_k^{(1)} x + b_k^{(1)})) + b_k^{(n)}
+
+    What :class:`Experts` leaves to a tower behind the mixture is in each expert here, and the whole input is a row's.
+
+    Args:
+        input_size: width of x.
+        num_experts: K.
+        hidden: widths of an expert's hidden layers, at least one.
+        output_size: width of an expert's output.
+        dropout: share of values dropped after every hidden layer while training, in [0, 1).
+
+    Attributes:
+        weights: (K, in, out) a layer.
+        biases: (K, out) a layer.
+
+    Shape:
+        (N, input_size) -> (N, K, output_size).
+
+    Raises:
+        ConfigError: an argument is outside its domain.
+
+    Example:
+        >>> ExpertTowers(3, 4, hidden=[8], output_size=2)(torch.zeros(5, 3)).shape
+        torch.Size([5, 4, 2])
+    """
+
+    def __init__(
+        self, input_size: int, num_experts: int, *, hidden: Sequence[int], output_size: int, dropout: float = 0.0
+    ) -> None:
+        super().__init__()
+        _check(num_experts, hidden, dropout, name="hidden")
+        sizes = [input_size, *hidden, output_size]
+        self.weights = nn.ParameterList(nn.Parameter(torch.empty(num_experts, a, b)) for a, b in pairwise(sizes))
+        self.biases = nn.ParameterList(nn.Parameter(torch.empty(num_experts, b)) for b in sizes[1:])
+        self.dropout = nn.Dropout(dropout)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Each expert's weights Xavier-uniform, biases 0."""
+        for weight in self.weights:
+            bound = math.sqrt(6 / (weight.shape[1] + weight.shape[2]))
+            nn.init.uniform_(weight, -bound, bound)
+        for bias in self.biases:
+            nn.init.zeros_(bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Every expert of every row: (N, input_size) -> (N, K, output_size)."""
+        (first, *weights), (first_bias, *biases) = self.weights, self.biases
+        num_experts, _, size = first.shape
+        # One product for all experts: they share the input.
+        hidden_NF = torch.addmm(first_bias.flatten(), x, first.transpose(0, 1).flatten(1))
+        hidden_KNF = hidden_NF.view(-1, num_experts, size).transpose(0, 1)
+        for weight, bias in zip(weights, biases, strict=True):
+            hidden_KNF = torch.baddbmm(bias.unsqueeze(1), self.dropout(torch.relu(hidden_KNF)), weight)
+        return hidden_KNF.transpose(0, 1)
+
+
 def joined_linear(layer: JoinedLinear, request: Tensor, rows: Tensor, request_of_row: Tensor | None) -> Tensor:
     """A :class:`JoinedLinear`; ``request_of_row`` is None where all rows are of one request."""
     if request_of_row is None:
@@ -158,10 +219,10 @@ def reset_linears(network: nn.Module) -> None:
                     nn.init.xavier_uniform_(expert)
 
 
-def _check(num_experts: int, sizes: Sequence[int], dropout: float) -> None:
+def _check(num_experts: int, sizes: Sequence[int], dropout: float, *, name: str = "sizes") -> None:
     if num_experts < 1:
         raise ConfigError(f"num_experts must be at least 1, got {num_experts}")
     if not sizes or min(sizes) < 1:
-        raise ConfigError(f"sizes must name at least one layer, each at least 1 wide, got {tuple(sizes)}")
+        raise ConfigError(f"{name} must name at least one layer, each at least 1 wide, got {tuple(sizes)}")
     if not 0.0 <= dropout < 1.0:
         raise ConfigError(f"dropout must be in [0, 1), got {dropout}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -79,6 +80,42 @@ class MLP(nn.Module):
         for linear, after in zip(self.linears, self.after, strict=True):
             x = after(linear(x))
         return x
+
+
+class TaskTowers(nn.ModuleList):
+    """An :class:`MLP` a task, each of its own weights and ending in one logit.
+
+    Args:
+        input_size: width of the input.
+        sizes: widths of the hidden layers, at least one.
+        num_tasks: T.
+        activation: name of the activation after every hidden layer.
+        dropout: share of values dropped after every hidden layer while training, in [0, 1).
+
+    Shape:
+        T inputs (N, input_size) -> (N, T).
+
+    Raises:
+        ConfigError: an argument is outside its domain.
+
+    Example:
+        >>> import torch
+        >>> towers = TaskTowers(3, [4], 2, activation="relu")
+        >>> towers([torch.zeros(5, 3), torch.ones(5, 3)]).shape
+        torch.Size([5, 2])
+    """
+
+    def __init__(
+        self, input_size: int, sizes: Sequence[int], num_tasks: int, *, activation: ActivationName, dropout: float = 0.0
+    ) -> None:
+        super().__init__(
+            nn.Sequential(MLP(input_size, sizes, activation=activation, dropout=dropout), nn.Linear(sizes[-1], 1))
+            for _ in range(num_tasks)
+        )
+
+    def forward(self, inputs: Sequence[Tensor]) -> Tensor:
+        """Each task's logit from its own input: -> (N, T)."""
+        return torch.cat([tower(x) for tower, x in zip(self, inputs, strict=True)], dim=1)
 
 
 class JoinedLinear(nn.Linear):

@@ -1,4 +1,4 @@
-"""Batch normalisation over rows."""
+"""Normalisation: of a batch over its rows, of a vector by its root mean square."""
 
 from __future__ import annotations
 
@@ -96,3 +96,45 @@ class RowBatchNorm(nn.Module):
     def extra_repr(self) -> str:
         """What ``print`` shows of the layer."""
         return f"{self.weight.numel()}, eps={self.eps}, momentum={self.momentum}"
+
+
+class RMSNorm(nn.Module):
+    r"""Divides by the root mean square.
+
+    .. math:: f(x) = \gamma \odot \frac{x}{\sqrt{\operatorname{mean}(x^2)} + \epsilon}
+
+    Source: Zhang and Sennrich, "Root Mean Square Layer Normalization", NeurIPS 2019, equation 4; epsilon outside the
+    root as in SUAN's code (``torch.nn.RMSNorm`` has it inside, which differs for nearly zero vectors alone).
+
+    Args:
+        width: of a vector.
+        eps: added to the root mean square.
+
+    Shape:
+        (..., width) -> (..., width).
+
+    Example:
+        >>> import torch
+        >>> [round(x, 3) for x in RMSNorm(2)(torch.tensor([3.0, 4.0])).tolist()]
+        [0.849, 1.131]
+    """
+
+    def __init__(self, width: int, *, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(width))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Sets gamma to 1."""
+        nn.init.ones_(self.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalises over the last dimension."""
+        # vector_norm, because the gradient of a root at 0 is not finite, and a vector may be 0.
+        root = torch.linalg.vector_norm(x, dim=-1, keepdim=True) * x.shape[-1] ** -0.5
+        return x / (root + self.eps) * self.weight  # type: ignore[no-any-return]
+
+    def extra_repr(self) -> str:
+        """What ``print`` shows of the layer."""
+        return f"{self.weight.numel()}, eps={self.eps}"

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
-from typing import Annotated, Literal, NamedTuple, Self
+from typing import Literal, NamedTuple, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -32,12 +32,12 @@ from recsys.config import Config, InconsistentError
 from recsys.embedded import Embedded, EmbeddedHistory, widths
 from recsys.embeddings import Lookup
 from recsys.errors import SchemaError
-from recsys.layers import MLP, ExpertTowers, JoinedMLP, TargetAttention
+from recsys.layers import MLP, ExpertTowers, JoinedMLP, TargetAttention, mean_of_events
 from recsys.losses import Similarity, contrastive_loss
-from recsys.models.base import RankingModel, TrainingOutput
+from recsys.models.base import RankingModel, TrainingOutput, Width
+from recsys.models.inputs import candidate_features
 from recsys.schema import History, Schema
 
-Width = Annotated[int, Field(ge=1, le=65536)]
 Spread = Callable[[Tensor], Tensor]
 """Values of requests (R, ...) to rows (N, ...)."""
 
@@ -299,7 +299,7 @@ class AWMoE(nn.Module):
             )
         width, hidden, size = widths(schema, config.embedding_dim), config.group_hidden, config.group_hidden[-1]
         in_history = {name for history in schema.histories for name in history.attributes}
-        items = [f.name for f in (*schema.features_of("item"), *schema.features_of("candidate"))]
+        items = candidate_features(schema)
         self._query = context if config.anchor == "query" else []
         self._request = [f.name for f in schema.features_of("user")] + ([] if self._query else context)
         self._candidate = [name for name in items if name not in in_history]
@@ -423,7 +423,7 @@ class AWMoE(nn.Module):
         for number, (behaviours, history) in enumerate(zip(self.behaviours, self._histories(embedded), strict=True)):
             target_NH, events_RLH = behaviours.candidates(embedded), behaviours.events(history)  # type: ignore[operator]
             if self.attention is None:
-                pooled_NH = spread(_mean(events_RLH, history.lengths))
+                pooled_NH = spread(mean_of_events(events_RLH, history.lengths))
             elif is_single:
                 pooled_NH = self.attention[number].single_request(target_NH, events_RLH, history.lengths)  # type: ignore[operator]
             else:
@@ -507,12 +507,6 @@ def _users(batch: Batch) -> Tensor:
     if batch.user_row is None:
         return -1 - requests
     return torch.where(batch.user_row > 0, batch.user_row, -1 - requests)
-
-
-def _mean(events: Tensor, lengths: Tensor) -> Tensor:
-    """Average of the real events (R, H); zeros of none."""
-    valid_RL = torch.arange(events.shape[1], device=events.device) < lengths.unsqueeze(1)
-    return events.masked_fill(~valid_RL.unsqueeze(2), 0.0).sum(1) / lengths.clamp(min=1).unsqueeze(1)
 
 
 def _by_row(embedded: Embedded) -> Spread:

@@ -1,13 +1,17 @@
-"""What every ranking model is: a look-up and a network; and what training one may add to its loss."""
+"""What every ranking model is: a look-up and a network; what training one may add to its loss; widths of layers."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
+from pydantic import Field
 from torch import Tensor, nn
 
 from recsys.batch import Batch
 from recsys.embeddings import Lookup
+
+Width = Annotated[int, Field(ge=1, le=65536)]
+"""Of a layer, in a config."""
 
 
 class TrainingOutput(NamedTuple):

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Annotated, Literal, NamedTuple, Self
+from typing import Literal, NamedTuple, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -29,7 +29,8 @@ from recsys.embeddings import Lookup
 from recsys.errors import SchemaError
 from recsys.layers import MLP, ActivationName, Dice, JoinedMLP, PReLU, RowBatchNorm
 from recsys.losses import binary_cross_entropy
-from recsys.models.base import RankingModel, TrainingOutput
+from recsys.models.base import RankingModel, TrainingOutput, Width
+from recsys.models.inputs import candidate_features, event_features, request_features
 from recsys.ops.search_attention import (
     attention_pool,
     masked,
@@ -39,8 +40,6 @@ from recsys.ops.search_attention import (
     top_k_pool_single_request,
 )
 from recsys.schema import Categorical, History, Schema
-
-Width = Annotated[int, Field(ge=1, le=65536)]
 
 
 class _LongHistoryConfig(Config):
@@ -389,8 +388,8 @@ class LongHistoryNetwork(nn.Module):
         self._initialisation = config.initialisation
         width = widths(schema, config.embedding_dim)
         in_history = {name for history in schema.histories for name in history.attributes}
-        self._request = [f.name for f in (*schema.features_of("user"), *schema.features_of("context"))]
-        candidate = [f.name for f in (*schema.features_of("item"), *schema.features_of("candidate"))]
+        self._request = request_features(schema)
+        candidate = candidate_features(schema)
         self._candidate = [name for name in candidate if name not in in_history]
         self.histories = nn.ModuleList(
             SearchedHistory(history, schema, config, roles, attention_dim) for history in schema.histories
@@ -473,7 +472,7 @@ class LongHistoryNetwork(nn.Module):
 
 def _newer_wins(scores: Tensor) -> Tensor:
     """(L,) in [0, 1), growing: decides between integer scores that are equal."""
-    return torch.arange(scores.shape[1], device=scores.device) / scores.shape[1]
+    return torch.arange(scores.shape[1], dtype=scores.dtype, device=scores.device) / scores.shape[1]
 
 
 def _key(name: str, space: str) -> str:
@@ -488,7 +487,7 @@ def spaces_of(schema: Schema, roles: Roles, attention_dim: int, embedding_dim: i
             continue
         uses = found.setdefault(space, (attention_dim if role.startswith("attention") else embedding_dim, []))[1]
         for history in schema.histories:
-            events = (*history.attributes, *(f.name for f in history.event_features))
+            events = event_features(history)
             side, names = (history.name, events) if role.endswith("events") else ("candidate", history.attributes)
             uses += [
                 Use(side, n) for n in names if isinstance(schema.feature(n), Categorical) and Use(side, n) not in uses

@@ -19,10 +19,10 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from recsys.embedded import Embedded
-from recsys.embeddings import Lookup
-from recsys.layers import CrossNetwork, JoinedMLP, OneRequest, RowBatchNorm, Rows, rows_of
+from recsys.layers import CrossNetwork, OneRequest, Rows, rows_of
 from recsys.models.base import RankingModel
-from recsys.models.fields import DeepConfig, Fields, table_width, xavier_normal
+from recsys.models.fields import DeepConfig, deep_mlp, with_tables, xavier_normal
+from recsys.models.inputs import Fields
 from recsys.schema import Schema
 
 
@@ -54,14 +54,7 @@ class DCNv2(nn.Module):
         self.fields = Fields(schema, config.embedding_dim)
         request_size, row_size = self.fields.request_size, self.fields.row_size
         self.cross = CrossNetwork(request_size, row_size, config.num_cross_layers)
-        self.mlp = JoinedMLP(
-            request_size,
-            row_size,
-            config.hidden,
-            activation=config.activation,
-            dropout=config.dropout,
-            norm=RowBatchNorm if config.batch_norm else None,
-        )
+        self.mlp = deep_mlp(config, self.fields)
         self.output = nn.Linear(request_size + row_size + config.hidden[-1], len(schema.tasks))
         xavier_normal(self)
 
@@ -89,11 +82,4 @@ def build_dcnv2(config: DCNv2Config, schema: Schema, table_sizes: Mapping[str, i
     Raises:
         SchemaError: there is no feature of candidates.
     """
-    network = DCNv2(config, schema)
-    lookup = Lookup(
-        schema,
-        table_sizes,
-        table_width(config.embedding_dim),
-        init_std=config.embedding_init_std,
-    )
-    return RankingModel(lookup, network)
+    return with_tables(DCNv2(config, schema), config, schema, table_sizes)

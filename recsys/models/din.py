@@ -13,7 +13,7 @@ history), E width of the event features, T tasks.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field
@@ -24,10 +24,9 @@ from recsys.embedded import Embedded, widths
 from recsys.embeddings import Lookup
 from recsys.errors import SchemaError
 from recsys.layers import ActivationName, Dice, JoinedMLP, MeanPooling, PReLU, SoftmaxTargetAttention, TargetAttention
-from recsys.models.base import RankingModel
+from recsys.models.base import RankingModel, Width
+from recsys.models.inputs import candidate_features, event_features, request_features
 from recsys.schema import Schema
-
-Width = Annotated[int, Field(ge=1, le=65536)]
 
 
 class DINConfig(Config):
@@ -86,13 +85,13 @@ class DIN(nn.Module):
                 hint="declare views.events and a history in the schema",
             )
         width = widths(schema, config.embedding_dim)
-        self._request = [f.name for f in (*schema.features_of("user"), *schema.features_of("context"))]
-        self._candidate = [f.name for f in (*schema.features_of("item"), *schema.features_of("candidate"))]
+        self._request = request_features(schema)
+        self._candidate = candidate_features(schema)
         self._history_names = [h.name for h in schema.histories]
         # The candidate's own vectors stand beside each event's: same features, same tables, same order.
         self._query = [list(h.attributes) for h in schema.histories]
         # DIFF(paper): event features join the keys only, because a candidate has not happened yet and has none.
-        self._keys = [[*h.attributes, *(f.name for f in h.event_features)] for h in schema.histories]
+        self._keys = [event_features(h) for h in schema.histories]
         self.feature_order = (*self._request, *self._candidate, *self._history_names)
 
         query_sizes = [sum(width[name] for name in names) for names in self._query]

@@ -15,10 +15,10 @@ from typing import Literal
 from torch import Tensor, nn
 
 from recsys.embedded import Embedded
-from recsys.embeddings import Lookup
-from recsys.layers import JoinedMLP, OneRequest, RowBatchNorm, Rows, rows_of
+from recsys.layers import OneRequest, Rows, rows_of
 from recsys.models.base import RankingModel
-from recsys.models.fields import DeepConfig, Fields, table_width, xavier_normal
+from recsys.models.fields import DeepConfig, deep_mlp, with_tables, xavier_normal
+from recsys.models.inputs import Fields
 from recsys.schema import Schema
 
 
@@ -47,14 +47,7 @@ class DNN(nn.Module):
     def __init__(self, config: DNNConfig, schema: Schema) -> None:
         super().__init__()
         self.fields = Fields(schema, config.embedding_dim)
-        self.mlp = JoinedMLP(
-            self.fields.request_size,
-            self.fields.row_size,
-            config.hidden,
-            activation=config.activation,
-            dropout=config.dropout,
-            norm=RowBatchNorm if config.batch_norm else None,
-        )
+        self.mlp = deep_mlp(config, self.fields)
         self.output = nn.Linear(config.hidden[-1], len(schema.tasks))
         xavier_normal(self)
 
@@ -81,11 +74,4 @@ def build_dnn(config: DNNConfig, schema: Schema, table_sizes: Mapping[str, int])
     Raises:
         SchemaError: there is no feature of candidates.
     """
-    network = DNN(config, schema)
-    lookup = Lookup(
-        schema,
-        table_sizes,
-        table_width(config.embedding_dim),
-        init_std=config.embedding_init_std,
-    )
-    return RankingModel(lookup, network)
+    return with_tables(DNN(config, schema), config, schema, table_sizes)

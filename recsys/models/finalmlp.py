@@ -25,7 +25,6 @@ from torch import Tensor, nn
 from recsys.batch import Bags, Batch
 from recsys.derived import Name
 from recsys.embedded import Embedded, Space, Use
-from recsys.embeddings import Lookup
 from recsys.errors import SchemaError, nearest
 from recsys.layers import (
     MLP,
@@ -41,8 +40,9 @@ from recsys.layers import (
     StaticGatedMLP,
     rows_of,
 )
-from recsys.models.base import RankingModel, TrainingOutput
-from recsys.models.fields import Fields, FieldsConfig, Width, table_width, xavier_normal
+from recsys.models.base import RankingModel, TrainingOutput, Width
+from recsys.models.fields import FieldsConfig, table_width, with_tables, xavier_normal
+from recsys.models.inputs import Fields
 from recsys.schema import Categorical, Schema
 
 
@@ -264,9 +264,7 @@ def build_dualmlp(config: DualMLPConfig, schema: Schema, table_sizes: Mapping[st
     Raises:
         SchemaError: there is no feature of candidates.
     """
-    network = DualMLP(config, schema)
-    lookup = Lookup(schema, table_sizes, table_width(config.embedding_dim), init_std=config.embedding_init_std)
-    return RankingModel(lookup, network)
+    return with_tables(DualMLP(config, schema), config, schema, table_sizes)
 
 
 def build_finalmlp(config: FinalMLPConfig, schema: Schema, table_sizes: Mapping[str, int]) -> RankingModel:
@@ -278,12 +276,4 @@ def build_finalmlp(config: FinalMLPConfig, schema: Schema, table_sizes: Mapping[
     Raises:
         SchemaError: there is no feature of candidates, or a context names no feature of requests or candidates.
     """
-    network = FinalMLP(config, schema)
-    lookup = Lookup(
-        schema,
-        table_sizes,
-        table_width(config.embedding_dim),
-        spaces=gate_spaces(config, schema),
-        init_std=config.embedding_init_std,
-    )
-    return RankingModel(lookup, network)
+    return with_tables(FinalMLP(config, schema), config, schema, table_sizes, spaces=gate_spaces(config, schema))

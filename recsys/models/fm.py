@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from recsys.embedded import Embedded
-from recsys.embeddings import Lookup
 from recsys.layers import OneRequest, PairwiseInteraction, Rows, rows_of
 from recsys.models.base import RankingModel
-from recsys.models.fields import FIRST_ORDER, Fields, FieldsConfig, first_order_space, table_width, xavier_normal
+from recsys.models.fields import FIRST_ORDER, FieldsConfig, first_order_space, with_tables, xavier_normal
+from recsys.models.inputs import Fields
 from recsys.schema import Schema
 
 
@@ -81,14 +81,4 @@ def build_fm(config: FMConfig, schema: Schema, table_sizes: Mapping[str, int]) -
     Raises:
         SchemaError: there is no feature of candidates.
     """
-    network = FM(config, schema)
-    return RankingModel(
-        Lookup(
-            schema,
-            table_sizes,
-            table_width(config.embedding_dim),
-            spaces=(first_order_space(schema),),
-            init_std=config.embedding_init_std,
-        ),
-        network,
-    )
+    return with_tables(FM(config, schema), config, schema, table_sizes, spaces=(first_order_space(schema),))

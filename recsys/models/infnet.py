@@ -9,16 +9,17 @@ query the tokens of the other types (heterogeneous flow); then the proxies of a 
 this model. There is no official code. Where the text leaves a choice, there is an option, and its description names
 both readings.
 
-One block, from tokens C, S, T (fields, events, tasks) and proxies :math:`\tilde C, \tilde S, \tilde T`:
+Fields, events and tasks (C, S, T) and their proxies go through a stack of
+:class:`~recsys.layers.information_flow.FlowBlock`, which has the equations of both flows:
 
 .. math::
-    \tilde C' &= CA(\tilde C, S) + CA(\tilde C, T) \\
-    \tilde S' &= CA(\tilde S, C) + CA(\tilde S, T) \\
-    \tilde T' &= CA(\tilde T, C) + CA(\tilde T, S) \\
-    \hat T &= CA(T, C) + CA(T, S) \\
-    C' &= PGU(C, \tilde C'), \quad S' = PGU(S, \tilde S'), \quad T' = PGU(\hat T, \tilde T')
+    \tilde C &= \operatorname{Reshape}(\varphi_{cat}(\operatorname{Flatten}(C))), \qquad
+    \tilde S = \Big[ \sum_t \varphi_{seq}(s_{1,t});\ \dots \Big], \qquad \tilde T\ \text{learnt} \\
+    C, S, T, \tilde C, \tilde S, \tilde T &\leftarrow \mathrm{Block}(C, S, T, \tilde C, \tilde S, \tilde T)
+    \quad \text{block after block} \\
+    \mathrm{logit}_i &= \mathrm{MLP}_i(T_i)
 
-with residuals and norms as the options say, and :math:`\mathrm{logit}_i = \mathrm{MLP}_i(T_i)` after the last block.
+with residuals and norms as the options say.
 
 **What is computed once a request.** Events' tokens, their proxies and the fields of user and context are a request's. A
 PGU multiplies all tokens of a type by one vector, so the tokens are never written again: see
@@ -30,7 +31,7 @@ Shapes: R requests, N candidates (rows), L events of all histories, M fields, D 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Annotated, Literal, NamedTuple, Self
+from typing import Literal, NamedTuple, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -40,7 +41,16 @@ from recsys.config import Config
 from recsys.embedded import Embedded, EmbeddedHistory, widths
 from recsys.embeddings import Lookup
 from recsys.errors import SchemaError
-from recsys.layers import MLP, ActivationName, Dice, JoinedMLP, PReLU
+from recsys.layers import ActivationName, Dice, PReLU, TaskTowers
+from recsys.layers.information_flow import (
+    GATED_BY,
+    QUERIES,
+    SOURCES,
+    CategoricalProxies,
+    FlowBlock,
+    Plan,
+    SequenceProxies,
+)
 from recsys.layers.token_attention import (
     Call,
     GatedTokens,
@@ -49,10 +59,9 @@ from recsys.layers.token_attention import (
     SourceProjection,
     cross_attention,
 )
-from recsys.models.base import RankingModel
+from recsys.models.base import RankingModel, Width
+from recsys.models.inputs import candidate_features, event_features, request_features
 from recsys.schema import Dense, Schema
-
-Width = Annotated[int, Field(ge=1, le=65536)]
 
 
 class INFNetConfig(Config):
@@ -138,33 +147,6 @@ class INFNetConfig(Config):
         return self
 
 
-QUERIES = ("categorical", "sequence", "shared", "task")
-"""Who asks: proxies of fields and of histories, shared task tokens, task tokens."""
-
-SOURCES = {
-    "categorical": ("sequence", "task"),
-    "sequence": ("categorical", "task"),
-    "shared": ("categorical", "sequence"),
-    "task": ("categorical", "sequence"),
-}
-"""Whom each asks."""
-
-GATED_BY = {"categorical": "categorical", "sequence": "sequence", "task": "shared"}
-"""Proxies that gate each type of tokens."""
-
-
-class Plan(NamedTuple):
-    """What one block computes.
-
-    Attributes:
-        streams: those of ``QUERIES`` that it updates.
-        gates: types of tokens that it gates.
-    """
-
-    streams: tuple[str, ...]
-    gates: tuple[str, ...]
-
-
 def plan_blocks(config: INFNetConfig) -> tuple[list[Plan], set[str]]:
     """What each block must compute for the heads' sake, found from the last block to the first.
 
@@ -206,14 +188,14 @@ class Tokens(nn.Module):
     def __init__(self, schema: Schema, dim: int, *, input_norm: bool, position: Literal["none", "learned"]) -> None:
         super().__init__()
         width = widths(schema, dim)
-        self.request_names = [f.name for f in (*schema.features_of("user"), *schema.features_of("context"))]
-        self.row_names = [f.name for f in (*schema.features_of("item"), *schema.features_of("candidate"))]
+        self.request_names = request_features(schema)
+        self.row_names = candidate_features(schema)
         self.dim = dim
         dense = [f for f in schema.features if isinstance(f, Dense)]
         self._dense = {f.name: position for position, f in enumerate(dense)}
         # DIFF(paper): a linear map, not buckets, because the schema says already which numbers are bucketed.
         self.dense = nn.ModuleList(nn.Linear(f.dim, dim) for f in dense)
-        self._histories = [(h.name, [*h.attributes, *(f.name for f in h.event_features)]) for h in schema.histories]
+        self._histories = [(h.name, event_features(h)) for h in schema.histories]
         # RECONSTRUCTION: attributes side by side, then a map to D.
         self.event = nn.ModuleList(nn.Linear(sum(width[n] for n in names), dim) for _, names in self._histories)
         self.place = nn.ModuleList(
@@ -264,51 +246,6 @@ class _LearnedPlaces(nn.Module):
         return tokens + self.place[place_RL.clamp(0, self.place.shape[0] - 1)] + self.history
 
 
-class _SequenceProxies(nn.Module):
-    """phi_seq, shared by all histories, pooled over the events of each: -> (..., F * r, D)."""
-
-    def __init__(
-        self, dim: int, num_proxies: int, *, hidden: Sequence[int], pooling: Literal["sum", "mean"], layer_norm: bool
-    ) -> None:
-        super().__init__()
-        self.mlp = MLP(dim, hidden, activation="relu")
-        self.output = nn.Linear(hidden[-1], num_proxies * dim)
-        self.norm: nn.Module = nn.LayerNorm(dim) if layer_norm else nn.Identity()
-        self._by_length = 0.0 if pooling == "sum" else 1.0
-        self._shape = (num_proxies, dim)
-
-    def forward(self, events: Sequence[Tensor], valid: Sequence[Tensor], gate: Tensor | None = None) -> Tensor:
-        """Events (R, L_h, D) and where they are real (R, L_h) of each history; ``gate`` (R, D) multiplies them."""
-        proxies = []
-        for tokens, real in zip(events, valid, strict=True):
-            gated = tokens if gate is None else tokens * gate.unsqueeze(1)
-            real = real.to(tokens.dtype)
-            length = real.sum(1, keepdim=True).clamp(min=1)
-            # The last layer is linear: pool in front of it, and give its bias once an event.
-            hidden = (real.unsqueeze(1) @ self.mlp(gated)).squeeze(1)
-            total = torch.addmm(real.sum(1, keepdim=True) * self.output.bias, hidden, self.output.weight.t())
-            proxies.append((total / length.pow(self._by_length)).unflatten(1, self._shape))
-        return self.norm(torch.cat(proxies, dim=1))  # type: ignore[no-any-return]
-
-
-class _CategoricalProxies(nn.Module):
-    """phi_cat over all fields side by side, first those of the request: -> (N, m, D).
-
-    ``request_of_row`` is None where all rows are of one request, or where ``request`` has a row each already.
-    """
-
-    def __init__(self, request_size: int, row_size: int, dim: int, num_proxies: int, *, hidden: Sequence[int]) -> None:
-        super().__init__()
-        self.mlp = JoinedMLP(request_size, row_size, hidden, activation="relu")
-        self.output = nn.Linear(hidden[-1], num_proxies * dim)
-        self._shape = (num_proxies, dim)
-
-    def forward(self, request: Tensor, rows: Tensor, request_of_row: Tensor | None) -> Tensor:
-        u, x = request.flatten(1), rows.flatten(1)
-        hidden = self.mlp.single_request(u, x) if request_of_row is None else self.mlp(u, x, request_of_row)
-        return self.output(hidden).unflatten(1, self._shape)  # type: ignore[no-any-return]
-
-
 class _TargetFields(nn.Module):
     """One more field a history: what of it the candidate attends to."""
 
@@ -333,124 +270,6 @@ class _TargetFields(nn.Module):
 class _NoTargetFields(nn.Module):
     def forward(self, candidate: Mapping[str, Tensor], histories: Sequence[GatedTokens]) -> list[Tensor]:  # noqa: ARG002
         return []
-
-
-class Block(nn.Module):
-    """One block: heterogeneous, then homogeneous flow, of what its plan names.
-
-    Args:
-        config: the model's.
-        plan: what to compute.
-        num_proxies: by name in ``QUERIES`` (those that gate).
-        has_tasks: whether there are task tokens to ask.
-    """
-
-    def __init__(self, config: INFNetConfig, plan: Plan, num_proxies: Mapping[str, int], *, has_tasks: bool) -> None:
-        super().__init__()
-        dim = config.embedding_dim
-        self._plan = plan
-        self._calls = {
-            stream: [source for source in SOURCES[stream] if has_tasks or source != "task"] for stream in plan.streams
-        }
-        shared = config.projections == "per_source"
-        self._source_of = {
-            (stream, source): source if shared else f"{source}_by_{stream}"
-            for stream, sources in self._calls.items()
-            for source in sources
-        }
-        sizes = {"num_heads": config.num_heads, "key_dim": config.key_dim}
-        self.query = nn.ModuleDict(
-            {f"{stream}_to_{source}": QueryProjection(dim, **sizes) for stream, source in self._source_of}  # type: ignore[arg-type]
-        )
-        self.source = nn.ModuleDict(
-            {name: SourceProjection(dim, **sizes) for name in dict.fromkeys(self._source_of.values())}  # type: ignore[arg-type]
-        )
-        norm = (lambda: nn.LayerNorm(dim)) if config.layer_norm else nn.Identity
-        self.norm = nn.ModuleDict({stream: norm() for stream in plan.streams})
-        self.gate = nn.ModuleDict(
-            {
-                kind: ProxyGate(
-                    num_proxies[GATED_BY[kind]], dim, hidden=config.gate_hidden or (dim,), bias=config.gate_bias
-                )
-                for kind in plan.gates
-            }
-        )
-        self._kept = 1.0 if config.residual else 0.0
-        self._ungated = 1.0 if config.gate_residual else 0.0
-        self._gate_updated = config.gate_proxies == "updated"
-
-    def forward(
-        self,
-        streams: Mapping[str, Tensor],
-        tokens: Mapping[str, GatedTokens],
-        events_of_requests: GatedTokens | None,
-        to_rows: Callable[[Tensor], Tensor],
-    ) -> tuple[dict[str, Tensor], dict[str, GatedTokens]]:
-        """One block.
-
-        Args:
-            streams: proxies and task tokens (..., n, D) by name; those of tasks have no leading dimension in the first
-                block, where they are the same for all rows.
-            tokens: by source.
-            events_of_requests: in the first block, the sequence tokens before they were given to rows: tasks ask these.
-            to_rows: gives rows what is their request's.
-
-        Returns:
-            Streams (task tokens gated) and tokens.
-        """
-        seen = self._heterogeneous(streams, tokens, events_of_requests, to_rows)
-        updated = {
-            stream: self.norm[stream](torch.add(seen[stream], streams[stream], alpha=self._kept))
-            for stream in self._plan.streams
-        }
-        return self._homogeneous(streams, updated, tokens)
-
-    def _heterogeneous(
-        self,
-        streams: Mapping[str, Tensor],
-        tokens: Mapping[str, GatedTokens],
-        events_of_requests: GatedTokens | None,
-        to_rows: Callable[[Tensor], Tensor],
-    ) -> dict[str, Tensor]:
-        """The sum of what each stream sees in its sources."""
-        seen: dict[str, Tensor] = {}
-        for source in ("categorical", "sequence", "task"):
-            asking = [stream for stream, sources in self._calls.items() if source in sources]
-            if source == "sequence" and events_of_requests is not None:
-                early = [stream for stream in asking if stream in ("shared", "task")]
-                for stream, values in self._ask(early, source, streams, events_of_requests):
-                    seen[stream] = seen[stream] + to_rows(values) if stream in seen else to_rows(values)
-                asking = [stream for stream in asking if stream not in early]
-            for stream, values in self._ask(asking, source, streams, tokens[source] if asking else None):
-                seen[stream] = seen[stream] + values if stream in seen else values
-        return seen
-
-    def _ask(
-        self, asking: Sequence[str], source: str, streams: Mapping[str, Tensor], tokens: GatedTokens | None
-    ) -> list[tuple[str, Tensor]]:
-        if tokens is None or not asking:
-            return []
-        calls = [
-            Call(streams[s], self.query[f"{s}_to_{source}"], self.source[self._source_of[s, source]])  # type: ignore[arg-type]
-            for s in asking
-        ]
-        return list(zip(asking, cross_attention(calls, tokens), strict=True))
-
-    def _homogeneous(
-        self, before: Mapping[str, Tensor], updated: Mapping[str, Tensor], tokens: Mapping[str, GatedTokens]
-    ) -> tuple[dict[str, Tensor], dict[str, GatedTokens]]:
-        """PGU of each type: C', S' and T'."""
-        streams, gated = dict(updated), dict(tokens)
-        proxies = updated if self._gate_updated else before
-        for kind in self._plan.gates:
-            factor = self.gate[kind](proxies[GATED_BY[kind]]) + self._ungated
-            if kind == "task":
-                streams["task"] = updated["task"] * factor.unsqueeze(-2)
-            else:
-                gated[kind] = tokens[kind].gated(factor)
-        if "task" in streams:
-            gated["task"] = GatedTokens((streams["task"],))
-        return streams, gated
 
 
 class _Inputs(NamedTuple):
@@ -510,7 +329,7 @@ class INFNet(nn.Module):
         self.proxies = nn.ModuleDict()
         if "categorical" in first:
             num_rows_fields = len(self.tokens.row_names) + (len(schema.histories) if config.target_attention else 0)
-            self.proxies["categorical"] = _CategoricalProxies(
+            self.proxies["categorical"] = CategoricalProxies(
                 len(self.tokens.request_names) * dim,
                 num_rows_fields * dim,
                 dim,
@@ -523,7 +342,24 @@ class INFNet(nn.Module):
         self.task_tokens = nn.ParameterDict(
             {name: nn.Parameter(torch.empty(size, dim)) for name, size in sizes_of_tasks.items() if name in first}
         )
-        self.blocks = nn.ModuleList(Block(config, plan, num_proxies, has_tasks=has_tasks) for plan in plans)
+        self.blocks = nn.ModuleList(
+            FlowBlock(
+                plan,
+                num_proxies,
+                dim,
+                has_tasks=has_tasks,
+                num_heads=config.num_heads,
+                key_dim=config.key_dim,
+                projections=config.projections,
+                layer_norm=config.layer_norm,
+                residual=config.residual,
+                gate_proxies=config.gate_proxies,
+                gate_hidden=config.gate_hidden or (dim,),
+                gate_bias=config.gate_bias,
+                gate_residual=config.gate_residual,
+            )
+            for plan in plans
+        )
         self._read_by_all = ["shared"] if config.heads_read == "task_and_shared_tokens" else []
         if not has_tasks:
             self._read_by_all += ["categorical", "sequence"]  # RECONSTRUCTION: the paper does not say
@@ -573,11 +409,11 @@ class INFNet(nn.Module):
 
     def _logits(self, streams: Mapping[str, Tensor], num_rows: int) -> Tensor:
         by_all = [streams[name].flatten(-2).expand(num_rows, -1) for name in self._read_by_all]
-        logits = []
-        for task, head in enumerate(self.heads):
+        inputs = []
+        for task in range(len(self.heads)):
             by_each = [streams[name][..., task, :].expand(num_rows, -1) for name in self._read_by_each]
-            logits.append(head(torch.cat([*by_each, *by_all], dim=1)))
-        return torch.cat(logits, dim=1)
+            inputs.append(torch.cat([*by_each, *by_all], dim=1))
+        return self.heads(inputs)  # type: ignore[no-any-return]
 
 
 class INFNetWithoutFlow(nn.Module):
@@ -596,7 +432,7 @@ class INFNetWithoutFlow(nn.Module):
         dim, num_tasks = config.embedding_dim, len(schema.tasks)
         num_proxies = proxy_counts(config, schema)
         self.tokens = Tokens(schema, dim, input_norm=config.input_norm, position=config.position)
-        self.categorical_proxies = _CategoricalProxies(
+        self.categorical_proxies = CategoricalProxies(
             len(self.tokens.request_names) * dim,
             len(self.tokens.row_names) * dim,
             dim,
@@ -651,9 +487,7 @@ class INFNetWithoutFlow(nn.Module):
         num_rows = inputs.rows.shape[0]
         proxies_NP = torch.cat([fields_NPD.flatten(1), events_NPD.flatten(-2).expand(num_rows, -1)], dim=1)
         task_TD = self.task * gate_D
-        return torch.cat(
-            [head(torch.cat([task_TD[t].expand(num_rows, -1), proxies_NP], 1)) for t, head in enumerate(self.heads)], 1
-        )
+        return self.heads([torch.cat([task_D.expand(num_rows, -1), proxies_NP], dim=1) for task_D in task_TD])  # type: ignore[no-any-return]
 
 
 TOKEN_STD = 0.02
@@ -666,11 +500,7 @@ def require_tokens(schema: Schema) -> None:
     Raises:
         SchemaError: there is no history, or no feature of candidates.
     """
-    if not (schema.features_of("item") or schema.features_of("candidate")):
-        raise SchemaError(
-            "features must have at least one of scope 'item' or 'candidate', got none",
-            hint="all candidates of a request would get the same score",
-        )
+    candidate_features(schema)
     if not schema.histories:
         raise SchemaError(
             "histories must name at least one history for the model 'infnet', got none",
@@ -689,9 +519,9 @@ def proxy_counts(config: INFNetConfig, schema: Schema) -> dict[str, int]:
     }
 
 
-def build_sequence_proxies(config: INFNetConfig, schema: Schema) -> _SequenceProxies:
+def build_sequence_proxies(config: INFNetConfig, schema: Schema) -> SequenceProxies:
     """phi_seq as the config says."""
-    return _SequenceProxies(
+    return SequenceProxies(
         config.embedding_dim,
         proxy_counts(config, schema)["sequence"] // len(schema.histories),
         hidden=config.proxy_hidden,
@@ -700,15 +530,9 @@ def build_sequence_proxies(config: INFNetConfig, schema: Schema) -> _SequencePro
     )
 
 
-def build_heads(config: INFNetConfig, input_size: int, num_tasks: int) -> nn.ModuleList:
+def build_heads(config: INFNetConfig, input_size: int, num_tasks: int) -> TaskTowers:
     """One MLP a task, ending in one logit."""
-    return nn.ModuleList(
-        nn.Sequential(
-            MLP(input_size, config.hidden, activation=config.activation, dropout=config.dropout),
-            nn.Linear(config.hidden[-1], 1),
-        )
-        for _ in range(num_tasks)
-    )
+    return TaskTowers(input_size, config.hidden, num_tasks, activation=config.activation, dropout=config.dropout)
 
 
 def reset_infnet(network: nn.Module) -> None:

@@ -23,7 +23,8 @@ from recsys.embedded import Embedded
 from recsys.embeddings import Lookup
 from recsys.layers import OneRequest, Rows, rows_of
 from recsys.models.base import RankingModel
-from recsys.models.fields import Fields, table_width, xavier_normal
+from recsys.models.fields import table_width, xavier_normal
+from recsys.models.inputs import Fields
 from recsys.schema import Schema
 
 

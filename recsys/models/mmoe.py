@@ -16,22 +16,19 @@ Shapes: R requests, N candidates (rows), K experts, H width of an expert's outpu
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Literal
+from typing import Literal
 
-import torch
 from pydantic import Field
 from torch import Tensor, nn
 
 from recsys.config import Config
 from recsys.embedded import Embedded
 from recsys.embeddings import Lookup
-from recsys.layers import MLP, ActivationName, JoinedLinear
+from recsys.layers import ActivationName, JoinedLinear, TaskTowers
 from recsys.layers.experts import Experts, joined_linear, mixture, reset_linears
-from recsys.models.base import RankingModel
-from recsys.models.pooled import HistoryPooling, PooledInputs
+from recsys.models.base import RankingModel, Width
+from recsys.models.inputs import HistoryPooling, PooledInputs
 from recsys.schema import Schema
-
-Width = Annotated[int, Field(ge=1, le=65536)]
 
 
 class MMoEConfig(Config):
@@ -54,7 +51,7 @@ class MMoE(nn.Module):
 
     Source: Ma et al., KDD 2018, section 4.2.
 
-    Differs from source: gates have a bias. Inputs are those of :class:`~recsys.models.pooled.PooledInputs`; the
+    Differs from source: gates have a bias. Inputs are those of :class:`~recsys.models.inputs.PooledInputs`; the
     paper's own are features only.
 
     Args:
@@ -73,18 +70,19 @@ class MMoE(nn.Module):
         num_tasks = len(schema.tasks)
         self.inputs = PooledInputs(schema, config.embedding_dim, config.history_pooling)
         sizes = self.inputs.request_size, self.inputs.row_size
-        style = {"activation": config.activation, "dropout": config.dropout}
-        self.experts = Experts(*sizes, config.num_experts, config.expert_hidden, **style)  # type: ignore[arg-type]
+        self.experts = Experts(
+            *sizes, config.num_experts, config.expert_hidden, activation=config.activation, dropout=config.dropout
+        )
         # All tasks' gates side by side.
         # DIFF(paper): with a bias, 0 at the start, because the layer that multiplies a request once has one.
         self.gates = JoinedLinear(*sizes, num_tasks * config.num_experts)
         self._gates_shape = (num_tasks, config.num_experts)
-        self.towers = nn.ModuleList(
-            nn.Sequential(
-                MLP(config.expert_hidden[-1], config.tower_hidden, **style),  # type: ignore[arg-type]
-                nn.Linear(config.tower_hidden[-1], 1),
-            )
-            for _ in range(num_tasks)
+        self.towers = TaskTowers(
+            config.expert_hidden[-1],
+            config.tower_hidden,
+            num_tasks,
+            activation=config.activation,
+            dropout=config.dropout,
         )
         self.reset_parameters()
 
@@ -105,7 +103,7 @@ class MMoE(nn.Module):
         experts_NKH = self.experts(request_RU, rows_NC, request_of_row)
         gates_NTK = joined_linear(self.gates, request_RU, rows_NC, request_of_row).unflatten(1, self._gates_shape)
         mixed_NTH = mixture(gates_NTK, experts_NKH)
-        return torch.cat([tower(x) for tower, x in zip(self.towers, mixed_NTH.unbind(1), strict=True)], dim=1)
+        return self.towers(mixed_NTH.unbind(1))  # type: ignore[no-any-return]
 
 
 def build_mmoe(config: MMoEConfig, schema: Schema, table_sizes: Mapping[str, int]) -> RankingModel:

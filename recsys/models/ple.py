@@ -19,7 +19,7 @@ Shapes: R requests, N candidates (rows), K experts of a level, H width of an exp
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field
@@ -28,13 +28,11 @@ from torch import Tensor, nn
 from recsys.config import Config
 from recsys.embedded import Embedded
 from recsys.embeddings import Lookup
-from recsys.layers import MLP, ActivationName, JoinedLinear
+from recsys.layers import ActivationName, JoinedLinear, TaskTowers
 from recsys.layers.experts import Experts, ExpertsOfOwnInputs, joined_linear, mixture, reset_linears
-from recsys.models.base import RankingModel
-from recsys.models.pooled import HistoryPooling, PooledInputs
+from recsys.models.base import RankingModel, Width
+from recsys.models.inputs import HistoryPooling, PooledInputs
 from recsys.schema import Schema
-
-Width = Annotated[int, Field(ge=1, le=65536)]
 
 
 class PLEConfig(Config):
@@ -126,7 +124,7 @@ class PLE(nn.Module):
 
     Source: Tang et al., RecSys 2020, sections 4.1 (CGC) and 4.2 (PLE).
 
-    Differs from source: gates have a bias. Inputs are those of :class:`~recsys.models.pooled.PooledInputs`.
+    Differs from source: gates have a bias. Inputs are those of :class:`~recsys.models.inputs.PooledInputs`.
 
     Args:
         config: sizes.
@@ -148,14 +146,12 @@ class PLE(nn.Module):
             _NextLevel(config, num_tasks, is_last=level == config.num_levels)
             for level in range(2, config.num_levels + 1)
         )
-        self.towers = nn.ModuleList(
-            nn.Sequential(
-                MLP(
-                    config.expert_hidden[-1], config.tower_hidden, activation=config.activation, dropout=config.dropout
-                ),
-                nn.Linear(config.tower_hidden[-1], 1),
-            )
-            for _ in range(num_tasks)
+        self.towers = TaskTowers(
+            config.expert_hidden[-1],
+            config.tower_hidden,
+            num_tasks,
+            activation=config.activation,
+            dropout=config.dropout,
         )
         self.reset_parameters()
 
@@ -175,7 +171,7 @@ class PLE(nn.Module):
         mixed_NGH = self.first(*self.inputs(embedded, request_of_row), request_of_row)
         for level in self.further:
             mixed_NGH = level(mixed_NGH)
-        return torch.cat([tower(x) for tower, x in zip(self.towers, mixed_NGH.unbind(1), strict=True)], dim=1)
+        return self.towers(mixed_NGH.unbind(1))  # type: ignore[no-any-return]
 
 
 def build_ple(config: PLEConfig, schema: Schema, table_sizes: Mapping[str, int]) -> RankingModel:

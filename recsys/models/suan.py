@@ -16,7 +16,7 @@ Shapes: R requests, N candidates (rows), L history length, D width of an event, 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -38,10 +38,10 @@ from recsys.layers import (
     UnifiedAttentionEncoder,
     variance_scaling_,
 )
-from recsys.models.base import RankingModel
+from recsys.models.base import RankingModel, Width
+from recsys.models.inputs import candidate_features, event_features
 from recsys.schema import Categorical, Schema
 
-Width = Annotated[int, Field(ge=1, le=65536)]
 CandidateMapping = Literal["projection", "slots"]
 
 
@@ -142,15 +142,14 @@ class SUAN(nn.Module):
         width = widths(schema, config.embedding_dim)
         self._request = [f.name for f in request]
         self._dense = [f.name for f in request if not isinstance(f, Categorical)]
-        self._candidate = [f.name for f in (*schema.features_of("item"), *schema.features_of("candidate"))]
+        self._candidate = candidate_features(schema)
         self._histories = [h.name for h in schema.histories]
         self._attributes = [list(h.attributes) for h in schema.histories]
-        self._event_features = [[f.name for f in h.event_features] for h in schema.histories]
+        self._events = [event_features(h) for h in schema.histories]
         self._is_in_slots = config.candidate_mapping == "slots"
 
         candidate_width = sum(width[n] for n in self._candidate)
-        columns = [[*a, *e] for a, e in zip(self._attributes, self._event_features, strict=True)]
-        event_widths = [sum(width[n] for n in names) for names in columns]
+        event_widths = [sum(width[n] for n in names) for names in self._events]
         encoder_widths = [config.width or size for size in event_widths]
         # DIFF(paper): a dense feature of user or context is a token as well, because one vector for the profile would
         # leave nothing to attend to.
@@ -232,8 +231,8 @@ class SUAN(nn.Module):
         """Each history, its events (R, L, D), and the candidates as it sees them (N, D)."""
         for number, name in enumerate(self._histories):
             history = embedded.histories[name]
-            attributes, event_features = self._attributes[number], self._event_features[number]
-            events = torch.cat([history.features[n] for n in (*attributes, *event_features)], dim=2)
+            attributes = self._attributes[number]
+            events = torch.cat([history.features[n] for n in self._events[number]], dim=2)
             own = (
                 self._in_slots(embedded, attributes, events) if self._is_in_slots else self.to_event[number](candidate)
             )
@@ -260,8 +259,7 @@ def _check(config: UnifiedAttentionConfig, schema: Schema, *, has_profile: bool)
         )
     width = widths(schema, config.embedding_dim)
     for history in schema.histories:
-        names = [*history.attributes, *(f.name for f in history.event_features)]
-        size = config.width or sum(width[n] for n in names)
+        size = config.width or sum(width[n] for n in event_features(history))
         if size % config.num_heads:
             raise SchemaError(
                 f"the width of an event of the history {history.name!r} must be a multiple of "

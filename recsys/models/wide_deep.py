@@ -16,10 +16,10 @@ from typing import Literal
 from torch import Tensor, nn
 
 from recsys.embedded import Embedded
-from recsys.embeddings import Lookup
-from recsys.layers import JoinedMLP, OneRequest, RowBatchNorm, Rows, rows_of
+from recsys.layers import OneRequest, Rows, rows_of
 from recsys.models.base import RankingModel
-from recsys.models.fields import FIRST_ORDER, DeepConfig, Fields, first_order_space, table_width, xavier_normal
+from recsys.models.fields import FIRST_ORDER, DeepConfig, deep_mlp, first_order_space, with_tables, xavier_normal
+from recsys.models.inputs import Fields
 from recsys.schema import Schema
 
 
@@ -51,14 +51,7 @@ class WideDeep(nn.Module):
         super().__init__()
         self.first_order = Fields(schema, len(schema.tasks), space=FIRST_ORDER)
         self.fields = Fields(schema, config.embedding_dim)
-        self.mlp = JoinedMLP(
-            self.fields.request_size,
-            self.fields.row_size,
-            config.hidden,
-            activation=config.activation,
-            dropout=config.dropout,
-            norm=RowBatchNorm if config.batch_norm else None,
-        )
+        self.mlp = deep_mlp(config, self.fields)
         self.output = nn.Linear(config.hidden[-1], len(schema.tasks))
         xavier_normal(self)
 
@@ -87,12 +80,4 @@ def build_wide_deep(config: WideDeepConfig, schema: Schema, table_sizes: Mapping
     Raises:
         SchemaError: there is no feature of candidates.
     """
-    network = WideDeep(config, schema)
-    lookup = Lookup(
-        schema,
-        table_sizes,
-        table_width(config.embedding_dim),
-        spaces=(first_order_space(schema),),
-        init_std=config.embedding_init_std,
-    )
-    return RankingModel(lookup, network)
+    return with_tables(WideDeep(config, schema), config, schema, table_sizes, spaces=(first_order_space(schema),))

@@ -27,7 +27,8 @@ def _activate(row: Array, weights: Weights, prefix: str) -> Array:
     return dice(row, *(weights[f"{prefix}.{name}"] for name in ("alpha", "running_mean", "running_var")))
 
 
-def _attend(query: Array, events: Array, weights: Weights, prefix: str, with_softmax: bool) -> Array:
+def attend(query: Array, events: Array, weights: Weights, prefix: str, *, with_softmax: bool = False) -> Array:
+    """One candidate's pooled history by the unit at ``prefix``, with Dice."""
     num_hidden = 1 + len([name for name in weights if name.startswith(f"{prefix}.hidden.") and name.endswith(".bias")])
     layers = ["first", *(f"hidden.{i}" for i in range(num_hidden - 1)), "output"]
     parts = [(weights[f"{prefix}.{layer}.weight"], weights[f"{prefix}.{layer}.bias"]) for layer in layers]
@@ -46,6 +47,7 @@ def din(
     names: Names,
     *,
     with_softmax: bool = False,
+    with_mean: bool = False,
 ) -> Array:
     """Logits (N, T) with Dice everywhere.
 
@@ -54,6 +56,8 @@ def din(
         candidate: (N, width) by feature.
         histories: by name, (R, L, width) by feature and the lengths.
         weights: the network's state, in float64.
+        with_softmax: attention as in the authors' code.
+        with_mean: no attention; every event counts the same.
     """
     logits = []
     for row, r in enumerate(request_of_row):
@@ -61,7 +65,10 @@ def din(
         for number, (history, (features, lengths)) in enumerate(histories.items()):
             query = np.concatenate([candidate[name][row] for name in names.query[history]])
             keys = np.concatenate([features[name][r][: lengths[r]] for name in names.keys[history]], axis=1)
-            inputs.append(_attend(query, keys, weights, f"attention.{number}.unit", with_softmax))
+            if with_mean:
+                inputs.append(pool([1 / len(keys)] * len(keys), keys) if len(keys) else np.zeros(keys.shape[1]))
+            else:
+                inputs.append(attend(query, keys, weights, f"attention.{number}.unit", with_softmax=with_softmax))
         hidden = linear(np.concatenate(inputs), weights["mlp.first.weight"], weights["mlp.first.bias"])
         hidden = _activate(hidden, weights, "mlp.after_first.activation")
         layer = 0

@@ -121,8 +121,8 @@ def _multi_head(
     return [output @ np.concatenate([h[i] for h in heads]) for i in range(len(xs))]
 
 
-def _align(xs: Sequence[Array], read: Sequence[Array], weights: Weights, prefix: str, pooling: str) -> list[Array]:
-    """The last position is the candidate's."""
+def align(xs: Sequence[Array], read: Sequence[Array], weights: Weights, prefix: str, pooling: str) -> list[Array]:
+    """Dual alignment of a sequence and what it has read; the last position is the candidate's."""
     sums = [x + c for x, c in zip(xs, read, strict=True)]
     out = []
     for i, (x, c) in enumerate(zip(xs, read, strict=True)):
@@ -183,7 +183,7 @@ def encode(
         xs = [(n if is_code else x) + r for x, n, r in zip(xs, normal, read, strict=True)]
         normal = norm(1, xs)
         read = _multi_head(normal, profile, weights, f"{block}.profile_attention", options.num_heads, plain_score)
-        merged = _align(normal, read, weights, f"{block}.alignment", options.pooling)
+        merged = align(normal, read, weights, f"{block}.alignment", options.pooling)
         xs = [(n if is_code else x) + m for x, n, m in zip(xs, normal, merged, strict=True)]
         normal = norm(2, xs)
         xs = [

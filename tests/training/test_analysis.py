@@ -22,6 +22,7 @@ from tests.synthetic import TABLE_SIZES, random_batch, schema
 from tests.training.conftest import MakeExperiment
 from training.analysis import (
     attention_accuracy,
+    batches_of,
     cluster,
     information_of_clusters,
     mutual_information,
@@ -29,6 +30,7 @@ from training.analysis import (
     scored_rows,
 )
 from training.objective import Objective
+from training.run import TrainedRun
 from training.trainer import train
 
 SMALL: dict[str, Any] = {"embedding_dim": 4, "top_k": 3, "hidden": (8,), "auxiliary_hidden": (4,)}
@@ -150,7 +152,7 @@ def test_a_model_without_two_equal_roles_is_refused(config: Any, message: str) -
 
 def test_commands_report_on_a_run(training_set: TrainingSet, make_experiment: MakeExperiment, run_dir: Path) -> None:
     model = {"kind": "twin", "embedding_dim": 4, "top_k": 3, "hidden": [8], "auxiliary_hidden": [4]}
-    experiment = make_experiment(epochs=1)
+    experiment = make_experiment(epochs=1, history_length=2)
     experiment = experiment.model_copy(update={"model": TWINConfig.model_validate(model, strict=False)})
     train(experiment, training_set.schema, run_dir, progress=False)
 
@@ -178,6 +180,9 @@ def test_commands_report_on_a_run(training_set: TrainingSet, make_experiment: Ma
     clusters = report("discriminability", "--clusters", "2", "--clusters", "20", "--split", "train")["clusters"]
     assert [c["clusters"] for c in clusters] == [2, 20]
     assert 0 <= clusters[0]["bits"] <= 1
+    # Histories are as long as the run's own, not as the schema's.
+    bits = [bits_of_clusters(TrainedRun.load(run_dir).model, training_set, length) for length in (2, None)]
+    assert clusters[1]["bits"] == bits[0] != bits[1]
     plain = CliRunner().invoke(app, ["analyse", "gradients", str(run_dir), "--batches", "1"])
     assert "and conflicts" in plain.stdout
     wrong = CliRunner().invoke(app, ["analyse", "attention", str(run_dir), "--feature", "tags"])
@@ -192,8 +197,6 @@ def test_rows_hold_the_newest_events_and_their_scores(training_set: TrainingSet)
         model, training_set, "train", task="click", history="clicked", feature="category", places=3, max_rows=300
     )
     assert rows.events.shape == rows.scores.shape == (300, 3)
-    from training.analysis import batches_of
-
     batch = next(batches_of(training_set, "train", 1024))
     history = batch.histories["clicked"]
     with torch.no_grad():
@@ -205,3 +208,32 @@ def test_rows_hold_the_newest_events_and_their_scores(training_set: TrainingSet)
         assert rows.events[n].tolist() == newest + [-1] * (3 - len(newest))
         expected = scores[n, : end - start].flip(0)[:3].numpy()
         np.testing.assert_allclose(rows.scores[n, : len(newest)], expected, rtol=1e-5, atol=1e-7)
+
+
+def bits_of_clusters(model: RankingModel, training_set: TrainingSet, history_length: int | None) -> float:
+    rows = scored_rows(
+        model,
+        training_set,
+        "train",
+        task="click",
+        history="clicked",
+        feature="category",
+        places=1,
+        max_rows=100_000,
+        history_length=history_length,
+    )
+    return information_of_clusters(cluster(rows.pooled, 20), rows.labels)
+
+
+def test_histories_are_cut_to_their_newest_events(training_set: TrainingSet) -> None:
+    whole = next(batches_of(training_set, "train", 256)).histories["clicked"]
+    cut = next(batches_of(training_set, "train", 256, history_length=2)).histories["clicked"]
+    assert whole.lengths.max() > 2
+    torch.testing.assert_close(cut.lengths, whole.lengths.clamp(max=2))
+    for r, length in enumerate(cut.lengths.tolist()):
+        mine, newest = (
+            slice(cut.offsets[r], cut.offsets[r + 1]),
+            slice(whole.offsets[r + 1] - length, whole.offsets[r + 1]),
+        )
+        torch.testing.assert_close(cut.times[mine], whole.times[newest])
+        torch.testing.assert_close(cut.features["category"][mine], whole.features["category"][newest])  # type: ignore[index]

@@ -14,6 +14,7 @@ from recsys.layers import (
     MLP,
     BilinearFusion,
     CrossNetwork,
+    Distinct,
     FeatureGate,
     JoinedMLP,
     ManyRequests,
@@ -113,6 +114,47 @@ def test_heads_are_a_block_diagonal_form_of_one_head() -> None:
     one.load_state_dict(many.state_dict() | {"blocks": torch.block_diag(*many.blocks[0])[None, None]})
     left, right = torch.randn(5, 6, dtype=torch.float64), torch.randn(5, 4, dtype=torch.float64)
     torch.testing.assert_close(one(left, right), many(left, right))
+
+
+def test_gates_and_gated_streams_equal_the_formula() -> None:
+    """2 sigma(MLP(c)) times the input, through the MLP: by request, by row, and of no context."""
+    by_request = scrambled(RequestGatedMLP(4, [5, 3], 2, 3, JoinedMLP(2, 3, [6, 7], activation="relu")))
+    by_row = scrambled(RowGatedMLP(4, [5, 3], 2, 3, MLP(5, [6, 7], activation="relu")))
+    static = scrambled(StaticGatedMLP(2, 3, JoinedMLP(2, 3, [6, 7], activation="relu")))
+    of_request, none, some, more = (*inputs(5, 4, 0), *inputs(6, 1, 3))
+    request, rows = inputs(7, 2, 3)
+
+    def gate(layer: nn.Module, context: np.ndarray) -> np.ndarray:
+        state = {name: array(tensor) for name, tensor in layer.state_dict().items()}
+        linears = [f"gate.mlp.linears.{i}" for i in range(2)]
+        hidden = [(state[f"{name}.weight"], state[f"{name}.bias"]) for name in linears]
+        return reference.gate(context, hidden, (state["gate.output.weight"], state["gate.output.bias"]))
+
+    which = ManyRequests(REQUEST_OF_ROW)
+    got = [
+        by_request(of_request, none, request, rows, which),
+        by_row(some, more, request, rows, which),
+        static(none[:3, :0], none, request, rows, which),
+    ]
+    for n, r in enumerate(REQUEST_OF_ROW.tolist()):
+        x = np.concatenate([array(request[r]), array(rows[n])])
+        gates = [
+            gate(by_request, array(of_request[r])),
+            gate(by_row, np.concatenate([array(some[r]), array(more[n])])),
+            2 / (1 + np.exp(-array(static.bias))),
+        ]
+        for layer, out, weights in zip((by_request, by_row, static), got, gates, strict=True):
+            state = {name: array(tensor) for name, tensor in layer.state_dict().items()}
+            np.testing.assert_allclose(array(out[n]), reference.mlp(weights * x, state, "mlp"), rtol=1e-10, atol=1e-13)
+
+
+def test_a_gate_of_ids_that_repeat_is_computed_once_each() -> None:
+    gate, context = scrambled(FeatureGate(3, [4], 2)), torch.randn(3, 3, dtype=torch.float64)
+    ids = torch.tensor([7, 2, 7, 9, 2])
+    repeated = context[torch.tensor([1, 0, 1, 2, 0])]
+    distinct = Distinct.of(ids)
+    assert sorted(ids[distinct.example].tolist()) == [2, 7, 9]
+    torch.testing.assert_close(gate(repeated, distinct), gate(repeated), rtol=1e-12, atol=1e-13)
 
 
 def test_a_gate_of_the_request_is_the_same_gate_for_each_of_its_rows() -> None:

@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from recsys.errors import ConfigError
-from recsys.layers import MLP, JoinedLinear, JoinedMLP
+from recsys.layers import MLP, JoinedLinear, JoinedMLP, TaskTowers
 from tests.references import layers as reference
 
 
@@ -24,6 +24,21 @@ def test_an_mlp_is_its_layers() -> None:
             row = reference.prelu(row, state[f"after.{layer}.activation.alpha"])
         expected.append(row)
     np.testing.assert_allclose(mlp(x).detach(), np.stack(expected), rtol=1e-12, atol=1e-13)
+
+
+def test_every_task_has_a_tower_of_its_own() -> None:
+    torch.manual_seed(2)
+    towers = TaskTowers(3, [5, 4], 2, activation="relu").double()
+    inputs = torch.randn(2, 6, 3, dtype=torch.float64)
+    state = {name: tensor.numpy() for name, tensor in towers.state_dict().items()}
+    got = towers(inputs.unbind(0)).detach()
+    for task in range(2):
+        for n, row in enumerate(inputs[task].numpy()):
+            for layer in ("0.linears.0", "0.linears.1"):
+                row = reference.linear(row, state[f"{task}.{layer}.weight"], state[f"{task}.{layer}.bias"])
+                row = np.maximum(row, 0.0)
+            (expected,) = reference.linear(row, state[f"{task}.1.weight"], state[f"{task}.1.bias"])
+            assert got[n, task].item() == pytest.approx(expected, rel=1e-12)
 
 
 @pytest.mark.parametrize(("request_size", "sizes"), [(3, [5]), (3, [5, 2]), (0, [5, 2])])

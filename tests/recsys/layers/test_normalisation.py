@@ -1,4 +1,4 @@
-"""Batch normalisation is over rows, by torch's kernel and by moments alike, and takes a batch of one row."""
+"""Batch normalisation is over rows, by torch's kernel and by moments alike; RMS norm is of each vector by itself."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import copy
 import numpy as np
 import torch
 
-from recsys.layers import RowBatchNorm, masked_moments
+from recsys.layers import RMSNorm, RowBatchNorm, masked_moments
 from tests.references import interactions as reference
+from tests.references import suan
 from tests.references.layers import moments
 
 
@@ -63,3 +64,24 @@ def test_one_row_is_normalised_by_the_moving_averages_and_leaves_them() -> None:
     torch.testing.assert_close(layer.train()(x), expected)
     for name, tensor in layer.state_dict().items():
         assert torch.equal(tensor, before[name])
+
+
+def test_rms_norm_equals_its_formula_and_does_not_see_scale() -> None:
+    norm = RMSNorm(5).double()
+    with torch.no_grad():
+        norm.weight.copy_(torch.randn(5))
+    x = torch.randn(4, 5, dtype=torch.float64)
+    gamma = norm.weight.detach().numpy()
+    for scale in (1.0, 1e-7, 1e6):
+        wanted = [suan.rms_norm(row, gamma) for row in (x * scale).numpy()]
+        np.testing.assert_allclose(norm(x * scale).detach(), wanted, rtol=1e-12)
+    torch.testing.assert_close(norm(x * 1e6), norm(x * 1e9), rtol=1e-10, atol=0)
+
+
+def test_rms_norm_of_a_zero_vector_has_a_finite_gradient() -> None:
+    x = torch.zeros(2, 3, requires_grad=True)
+    out = RMSNorm(3)(x)
+    assert (out == 0).all()
+    out.sum().backward()
+    assert x.grad is not None
+    assert torch.isfinite(x.grad).all()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -12,11 +13,13 @@ from recsys.errors import ConfigError
 from recsys.layers.token_attention import (
     Call,
     GatedTokens,
+    ProxyGate,
     QueryProjection,
     SourceProjection,
     cross_attention,
     masked_softmax,
 )
+from tests.references import infnet as reference
 
 
 def projections(dim: int, num_heads: int, key_dim: int | None) -> tuple[QueryProjection, SourceProjection]:
@@ -58,6 +61,25 @@ def test_several_calls_on_gated_groups_equal_the_definition(num_heads: int, key_
         torch.testing.assert_close(got, written_out(everywhere, gated, valid))
         assert (got[0] == 0).all()
         assert (got[1:] != 0).all()
+
+
+def test_a_cross_attention_equals_the_formula() -> None:
+    torch.manual_seed(1)
+    call = Call(torch.randn(2, 3, 8).double(), *projections(8, 2, 3))
+    tokens, valid = torch.randn(2, 5, 8).double(), torch.tensor([[True] * 5, [False, True, True, False, False]])
+    (got,) = cross_attention([call], GatedTokens((tokens,), valid))
+    weights = [w.detach().numpy() for w in (call.query.weight, call.source.key, call.source.value)]
+    for n in range(2):
+        expected = reference.cross_attention(call.queries[n].numpy(), tokens[n][valid[n]].numpy(), *weights)
+        np.testing.assert_allclose(got[n].detach(), expected, rtol=1e-10, atol=1e-12)
+
+
+def test_the_gate_of_a_type_equals_the_formula() -> None:
+    torch.manual_seed(2)
+    gate, proxies = ProxyGate(3, 4, hidden=(5, 6), bias=0.3).double(), torch.randn(7, 3, 4).double()
+    state = {f"g.{name}": tensor.numpy() for name, tensor in gate.state_dict().items()}
+    expected = [reference.gate(one, state, "g") for one in proxies.numpy()]
+    np.testing.assert_allclose(gate(proxies).detach(), expected, rtol=1e-12)
 
 
 def test_gradients_reach_every_projection() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -10,35 +10,14 @@ import torch
 from torch import Tensor
 
 from recsys.errors import ConfigError
-from recsys.layers import CausalPattern, LocalDilatedPattern, RMSNorm, SwiGLU, UnifiedAttentionEncoder
-from recsys.layers.unified_attention import DualAlignment, RelativeBias, Requests, UnifiedAttentionBlock, time_buckets
+from recsys.layers import CausalPattern, LocalDilatedPattern, SwiGLU, UnifiedAttentionEncoder
+from recsys.layers.unified_attention import DualAlignment, Requests, UnifiedAttentionBlock
 from tests.references import suan as reference
 
 
 def requests_of(lengths: list[int], longest: int, rows: list[int]) -> Requests:
     valid = torch.arange(longest) < torch.tensor(lengths).unsqueeze(1)
     return Requests(torch.randn(len(lengths), 2, 3), torch.tensor(lengths), valid, torch.tensor(rows))
-
-
-def test_rms_norm_equals_its_formula_and_does_not_see_scale() -> None:
-    norm = RMSNorm(5).double()
-    with torch.no_grad():
-        norm.weight.copy_(torch.randn(5))
-    x = torch.randn(4, 5, dtype=torch.float64)
-    gamma = norm.weight.detach().numpy()
-    for scale in (1.0, 1e-7, 1e6):
-        wanted = [reference.rms_norm(row, gamma) for row in (x * scale).numpy()]
-        np.testing.assert_allclose(norm(x * scale).detach(), wanted, rtol=1e-12)
-    torch.testing.assert_close(norm(x * 1e6), norm(x * 1e9), rtol=1e-10, atol=0)
-
-
-def test_rms_norm_of_a_zero_vector_has_a_finite_gradient() -> None:
-    x = torch.zeros(2, 3, requires_grad=True)
-    out = RMSNorm(3)(x)
-    assert (out == 0).all()
-    out.sum().backward()
-    assert x.grad is not None
-    assert torch.isfinite(x.grad).all()
 
 
 def test_swiglu_equals_its_formula() -> None:
@@ -48,32 +27,6 @@ def test_swiglu_equals_its_formula() -> None:
     np.testing.assert_allclose(
         layer(x).detach(), [reference.swiglu(row, weights, "f") for row in x.numpy()], rtol=1e-12
     )
-
-
-def test_buckets_of_time_are_a_third_wider_each() -> None:
-    differences = [0, 1, 999_999, 1_000_000, 1_350_000, 1_352_000, 10**9, -(10**9), 10**15, 9 * 10**18]
-    assert time_buckets(torch.tensor(differences)).tolist() == [reference.bucket(d) for d in differences]
-    assert time_buckets(torch.tensor([10**6, 1_352_000])).tolist() == [0, 1]  # e^.301 = 1.3512
-    assert time_buckets(torch.tensor([9 * 10**18])).tolist() == [99]
-
-
-def test_the_bias_of_time_is_symmetric_and_that_of_place_toeplitz() -> None:
-    bias = RelativeBias(7, num_layers=2, num_heads=3)
-    times = torch.randint(0, 10**12, (2, 6))
-    differences = times.unsqueeze(2) - times.unsqueeze(1)
-    offsets = torch.arange(6).unsqueeze(1) - torch.arange(6)
-    everywhere = torch.ones(1, 6, 6, dtype=torch.bool)
-    with torch.no_grad():
-        bias.position.zero_()
-        of_time = bias(offsets.unsqueeze(0), differences, everywhere)
-        assert of_time.shape == (2, 2, 3, 6, 6)
-        torch.testing.assert_close(of_time, of_time.transpose(3, 4), rtol=0, atol=0)
-        bias.time.zero_()
-        bias.position.normal_()
-        of_place = bias(offsets.unsqueeze(0), differences, (offsets >= 0).unsqueeze(0))
-    for i, j in itertools.product(range(6), range(6)):
-        wanted = bias.position[i - j].detach() if i >= j else torch.full((2, 3), -torch.inf)
-        torch.testing.assert_close(of_place[:, 0, :, i, j], wanted)
 
 
 @pytest.mark.parametrize("pooling", ["behaviours", "position", "causal"])
@@ -98,28 +51,97 @@ def test_dual_alignment_chooses_between_its_branches(pooling: str) -> None:
     torch.testing.assert_close(swapped((c[0], x[0]), (c[1], x[1]), requests)[0], merged[0])  # alpha + beta = 1
 
 
+@pytest.mark.parametrize("pooling", ["behaviours", "position", "causal"])
+def test_dual_alignment_equals_its_formula(pooling: str) -> None:
+    torch.manual_seed(3)
+    layer = DualAlignment(8, pooling).double()  # type: ignore[arg-type]
+    lengths, rows = [3, 0], [0, 0, 1]
+    requests = requests_of(lengths, 4, rows)
+    x, c = ((torch.randn(2, 4, 8).double(), torch.randn(3, 8).double()) for _ in range(2))
+    of_events, of_candidates = (t.detach().numpy() for t in layer((x[0], c[0]), (x[1], c[1]), requests))
+    weights = {f"a.{name}": tensor.numpy() for name, tensor in layer.state_dict().items()}
+    for n, r in enumerate(rows):
+        sequences = [[*part[0][r, : lengths[r]].numpy(), part[1][n].numpy()] for part in (x, c)]
+        *events, candidate = reference.align(*sequences, weights, "a", pooling)
+        np.testing.assert_allclose(of_candidates[n], candidate, rtol=1e-12, atol=1e-14)
+        for j, event in enumerate(events):
+            np.testing.assert_allclose(of_events[r, j], event, rtol=1e-12, atol=1e-14)
+
+
 def encoder(pattern: CausalPattern | LocalDilatedPattern, **options: object) -> UnifiedAttentionEncoder:
     torch.manual_seed(0)
     settings: dict[str, object] = {"max_length": 9, "num_layers": 2, "num_heads": 2, "hidden": 12, **options}
     return UnifiedAttentionEncoder(4, 3, pattern=pattern, **settings).double()  # type: ignore[arg-type]
 
 
-def run(layer: UnifiedAttentionEncoder, lengths: list[int], longest: int) -> tuple[Tensor, list[Tensor]]:
+class Inputs(NamedTuple):
+    """What an encoder takes, but for the history's lengths: three candidates, of requests 0, 0 and 1."""
+
+    events: Tensor
+    times: Tensor
+    profile: Tensor
+    time: Tensor
+    candidates: Tensor
+
+
+def inputs_of(num_requests: int, longest: int) -> Inputs:
     generator = torch.Generator().manual_seed(1)
-    events = torch.randn(len(lengths), 9, 4, generator=generator, dtype=torch.float64)[:, :longest].requires_grad_()
-    profile = torch.randn(len(lengths), 2, 3, generator=generator, dtype=torch.float64)
+    events = torch.randn(num_requests, 9, 4, generator=generator, dtype=torch.float64)[:, :longest].requires_grad_()
+    profile = torch.randn(num_requests, 2, 3, generator=generator, dtype=torch.float64)
     candidates = torch.randn(3, 4, generator=generator, dtype=torch.float64).requires_grad_()
-    times = torch.randint(0, 10**12, (len(lengths), 9), generator=generator)[:, :longest].sort(1).values
+    times = torch.randint(0, 10**12, (num_requests, 9), generator=generator)[:, :longest].sort(1).values
+    return Inputs(events, times, profile, torch.full((2,), 2 * 10**12), candidates)
+
+
+def run(layer: UnifiedAttentionEncoder, lengths: list[int], longest: int) -> tuple[Tensor, Inputs]:
+    inputs = inputs_of(len(lengths), longest)
+    events, times, profile, time, candidates = inputs
     rows = torch.tensor([0, 0, 1])
-    out = layer(events, times, torch.tensor(lengths), profile, torch.full((2,), 2 * 10**12), candidates, rows)
-    return out, [events, candidates]
+    return layer(events, times, torch.tensor(lengths), profile, time, candidates, rows), inputs
+
+
+PATTERNS = {
+    "causal": (CausalPattern(), reference.causal),
+    "local or dilated": (LocalDilatedPattern(2, 3, max_length=9), reference.local_or_dilated(2, 3)),
+    "candidates too": (
+        LocalDilatedPattern(2, 3, max_length=9, is_candidate_sparse=True),
+        reference.local_or_dilated(2, 3, sparse_candidate=True),
+    ),
+    "split": (LocalDilatedPattern(2, 3, max_length=9, is_split=True), reference.local_then_dilated(2, 3, 2)),
+}
+
+
+@pytest.mark.parametrize("name", PATTERNS)
+@pytest.mark.parametrize(("norm_style", "pooling"), [("pre", "behaviours"), ("code", "causal")])
+def test_the_encoder_equals_its_formulas_in_float64(name: str, norm_style: str, pooling: str) -> None:
+    """Every block with its two attentions, one candidate at a time."""
+    pattern, mask = PATTERNS[name]
+    layer = encoder(pattern, norm_style=norm_style, alignment_pooling=pooling, is_bias_per_layer=True)
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter, std=0.7)
+    lengths = [7, 0]
+    out, inputs = run(layer, lengths, 9)
+    weights = {key: tensor.numpy() for key, tensor in layer.state_dict().items()}
+    for n, r in enumerate([0, 0, 1]):
+        expected = reference.encode(
+            inputs.events[r, : lengths[r]].detach().numpy(),
+            inputs.times[r, : lengths[r]].tolist(),
+            inputs.candidates[n].detach().numpy(),
+            int(inputs.time[r]),
+            list(inputs.profile[r].numpy()),
+            weights,
+            "",
+            mask,
+            reference.Options(2, norm_style, pooling),
+        )
+        np.testing.assert_allclose(out[n].detach(), expected, rtol=1e-9, atol=1e-11)
 
 
 @pytest.mark.parametrize("pattern", ["dense", "sparse"])
 def test_gradients_stay_within_a_request_and_out_of_padding(pattern: str) -> None:
     layer = encoder(CausalPattern() if pattern == "dense" else LocalDilatedPattern(2, 3, max_length=9))
-    out, (events, candidates) = run(layer, [6, 2], 9)
-    of_events, of_candidates = torch.autograd.grad(out[2].sum(), [events, candidates])
+    out, inputs = run(layer, [6, 2], 9)
+    of_events, of_candidates = torch.autograd.grad(out[2].sum(), [inputs.events, inputs.candidates])
     assert (of_events[1, :2] != 0).any(1).all()
     assert (of_events[0] == 0).all()
     assert (of_events[1, 2:] == 0).all()

@@ -539,6 +539,15 @@ def test_the_program_of_one_request_equals_that_of_many(model: RankingModel) -> 
             assert_same(single(emptied), model.network(emptied))
 
 
+def test_the_form_of_one_request_equals_that_of_many_in_float64(model: RankingModel) -> None:
+    """What references hold of the one form, so of the other."""
+    embedded = model.lookup(one_request(seed=28))
+    double = tree_map(lambda t: t.double() if t.is_floating_point() else t, embedded)
+    network = model.network.double()
+    with torch.no_grad():
+        torch.testing.assert_close(network.single_request(double), network(double), rtol=1e-9, atol=1e-11)  # type: ignore[operator]
+
+
 def dynamic_shapes(embedded: Embedded, requests: Dim | None) -> Any:
     """Every size free but the widths; one request if ``requests`` is None."""
     rows = Dim("rows")

@@ -40,6 +40,7 @@ def scrambled(network: nn.Module, seed: int = 0) -> nn.Module:
         (SMALL, 1),
         (SMALL.model_copy(update={"attention_hidden": (7, 5, 3), "hidden": (9,)}), 2),
         (SMALL.model_copy(update={"attention_softmax": True}), 3),
+        (SMALL.model_copy(update={"pooling": "mean"}), 4),
     ],
 )
 def test_logits_equal_the_papers_form_in_float64(config: DINConfig, seed: int) -> None:
@@ -62,6 +63,7 @@ def test_logits_equal_the_papers_form_in_float64(config: DINConfig, seed: int) -
             keys={"clicked": ["item_id", "category", "tags", "dwell"], "seen": ["item_id"]},
         ),
         with_softmax=config.attention_softmax,
+        with_mean=config.pooling == "mean",
     )
     assert logits.shape == (len(embedded.request_of_row), len(spec.tasks))
     np.testing.assert_allclose(logits.detach(), expected, rtol=1e-6, atol=1e-6)

@@ -19,6 +19,7 @@ from recsys.models.mmoe import MMoE, MMoEConfig
 from recsys.models.ple import PLE, PLEConfig
 from recsys.schema import Schema
 from tests.references import experts as reference
+from tests.references.din import attend
 from tests.synthetic import SCHEMA, TABLE_SIZES, random_batch, schema
 
 NUM_TASKS = 2
@@ -41,11 +42,17 @@ def expected_logits(config: Any, network: nn.Module, embedded: Embedded) -> np.n
     weights = {name: tensor.detach().double().numpy() for name, tensor in network.state_dict().items()}
     logits = []
     for row, r in enumerate(embedded.request_of_row.tolist()):
+        of_events = [([histories[h][0][name][r] for name in names], histories[h][1][r]) for h, names in keys.items()]
+        is_averaged = config.history_pooling == "mean"
         x = reference.pooled_inputs(
             [request[name][r] for name in ("user_id", "age", "interests", "hour")],
-            [([histories[h][0][name][r] for name in names], histories[h][1][r]) for h, names in keys.items()],
+            of_events if is_averaged else [],
             [candidate[name][row] for name in ("item_id", "category", "tags", "price", "source")],
         )
+        for number, (h, (attributes, length)) in enumerate(zip(keys, [] if is_averaged else of_events, strict=False)):
+            query = np.concatenate([candidate[name][row] for name in keys[h] if name != "dwell"])
+            events = np.concatenate(attributes, axis=1)[:length]
+            x = np.concatenate([x, attend(query, events, weights, f"inputs.histories.{number}.attention.unit")])
         if isinstance(config, MMoEConfig):
             logits.append(reference.mmoe(x, weights, config.num_experts, NUM_TASKS))
         else:
@@ -59,8 +66,10 @@ def expected_logits(config: Any, network: nn.Module, embedded: Embedded) -> np.n
     [
         MMoEConfig(embedding_dim=4, num_experts=3, expert_hidden=(6, 5), tower_hidden=(4,)),
         MMoEConfig(embedding_dim=4, num_experts=1, expert_hidden=(6,), tower_hidden=(4, 3)),
+        MMoEConfig(embedding_dim=4, history_pooling="din", num_experts=2, expert_hidden=(6,), tower_hidden=(4,)),
         PLEConfig(embedding_dim=4, num_levels=1, expert_hidden=(6, 5), tower_hidden=(4,)),
         PLEConfig(embedding_dim=4, num_levels=2, expert_hidden=(6, 5), tower_hidden=(4,)),
+        PLEConfig(embedding_dim=4, history_pooling="din", num_levels=2, expert_hidden=(6, 5), tower_hidden=(4,)),
         PLEConfig(
             embedding_dim=4,
             num_levels=3,
