@@ -157,6 +157,19 @@ class Events(NamedTuple):
     columns: dict[str, EncodedColumn]
 
 
+class Pushed(NamedTuple):
+    """Where a pushed event went.
+
+    Attributes:
+        histories: names of the histories that hold it.
+        derived: names of the derived values of its user that count it; those of items, and of impressions, follow
+            when the store is materialised.
+    """
+
+    histories: list[str]
+    derived: list[str]
+
+
 class Read(NamedTuple):
     """What one call of :meth:`OnlineStore.read` found.
 
@@ -461,14 +474,14 @@ class OnlineStore:
         expires = self._expiry(self.limits.user_ttl_s)
         return self._histories[name].encode(events.columns, events.offsets, events.times, expires=expires)
 
-    def push(self, event: Event) -> list[str]:
-        """Adds one event to the histories that it belongs to; the next read sees it.
+    def push(self, event: Event) -> Pushed:
+        """Adds one event to the histories and to the derived values that it belongs to; the next read sees it.
 
         An event that comes late is put in its place. Each push is one event: two equal ones are both kept, as in the
         log. Materialising a log that reaches past the event's time replaces it by what the log says.
 
         Returns:
-            Names of these histories; empty if its type is in none.
+            Which these are; none of either if nothing has changed.
 
         Raises:
             DataError: time, type or a column is not one that the schema can take.
@@ -480,7 +493,7 @@ class OnlineStore:
         pushed = [(n, self._row_of(self.layout.families[n], event)) for n in places]
         pushed = [(n, row) for n, row in pushed if row is not None]
         if not names and not pushed:
-            return []
+            return Pushed([], [])
         (user,) = self.claim("user_id", pa.array([event.user]))
         rows = self._event_columns(event, names) if names else {}
         added = {
@@ -500,7 +513,13 @@ class OnlineStore:
 
         keys = [self._places[name] + user for name in names] + [self._row_places[n] + user for n, _ in pushed]
         self.backend.update(keys, change)
-        return names
+        return Pushed(names, [name for place, row in pushed for name in self._counted(place, row)])
+
+    def _counted(self, place: int, row: Rows | None) -> list[str]:
+        """Names of the values that an event counts for."""
+        assert row is not None
+        specs = self.layout.families[place].specs
+        return [spec.name for spec in specs if row.columns[counts_column(spec.name)][-1]]  # type: ignore[index]
 
     def merged_rows(self, place: int, stored: Sequence[bytes | None], rows: Rows, *, until: int | None) -> list[bytes]:
         """The values of V users' rows after more of them.

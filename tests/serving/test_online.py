@@ -96,7 +96,7 @@ def test_the_next_request_sees_a_pushed_event_and_none_at_its_own_time(world: Wo
     when = 1_800_000_000_000_000
     request = {"user_id": 424243, "candidates": [item], "time": when + 1}
     before = scorer.rank(request).probabilities
-    assert store.push(Event(424243, item, when, "click", {"dwell": 30})) == ["clicked", "seen"]
+    assert store.push(Event(424243, item, when, "click", {"dwell": 30})).histories == ["clicked", "seen"]
     after = scorer.rank(request).probabilities
     assert not np.array_equal(before, after)
     event = {"item_id": item, "time": when, "dwell": 30}
@@ -166,7 +166,8 @@ def test_the_commands(world: World, location: str, run: Callable[..., Any]) -> N
     lines = "\n".join(json.dumps({**event, "type": kind}) for kind in ("view", "view")) + "\n\n"
     done = run("push", location, "-m", folder, "--json", input=lines)
     assert json.loads(done.stdout) == {
-        "store": location, "events": 2, "in_no_history": 0, "pushed": {"clicked": 0, "seen": 2}
+        "store": location, "events": 2, "fed_derived_values_only": 0, "changed_nothing": 0,
+        "pushed": {"clicked": 0, "seen": 2},
     }  # fmt: skip
     features = OnlineFeatures.open(location, world.training_set.encoder)
     when = np.array([2_000_000_000_000_000])

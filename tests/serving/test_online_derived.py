@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from serving.assembler import Assembler
 from serving.online_features import OnlineFeatures
 from serving.request import RequestParser
 from tests.feature_store.derived_views import CONTEXT, DERIVED, make, mapping
-from tests.feature_store.small_views import DAY, START, build, config, write_views
+from tests.feature_store.small_views import DAY, START, build, config, schema_mapping, write_views
 from tests.redis_server import redis_server
 
 MORE: list[dict[str, Any]] = [
@@ -315,3 +316,31 @@ def test_the_command_takes_views_or_a_training_set(tmp_path: Path) -> None:
     assert "--model must be given with --experiment only" in run("d", "-t", "x", "-m", "y")
     (tmp_path / "schema.yaml").write_text(yaml.safe_dump(schema | {"name": "other"}))
     assert "schema must be the one of the model" in run("b", "-e", tmp_path / "experiment.yaml")
+
+
+def test_events_that_feed_derived_values_alone_are_counted_as_such(tmp_path: Path) -> None:
+    shape = schema_mapping(
+        histories=[{"name": "clicked", "event_types": ["click"], "attributes": ["item_id"]}],
+        derived=[{"name": "since_like", "kind": "recency", "by": ["user"], "event_types": ["click", "like"]}],
+    )
+    shape["features"] = [
+        *shape["features"],
+        {"name": "since_like", "kind": "dense", "scope": "context", "transform": {"kind": "keep"}},
+    ]
+    training_set = build(tmp_path, make(5), validate(Schema, shape, source="test"))
+    location = f"lmdb:{tmp_path / 'online'}"
+    store = opened(training_set, location)
+    filled(training_set, store)
+    assert store.push(Event(1, 101, START + 20 * DAY, "like")) == ([], ["since_like"])
+    assert store.push(Event(1, 101, START + 20 * DAY, "click")) == (["clicked"], ["since_like"])
+    assert store.push(Event(1, 101, START + 20 * DAY, "share")) == ([], [])
+    store.close()
+    runner = CliRunner(env={"RECSYS_DEBUG": None, "COLUMNS": "200", "TERM": "dumb"})
+    kinds = ("click", "like", "share", "share", "like", "like")
+    events = [json.dumps({"user": 1, "item": 101, "type": kind, "time": START + 21 * DAY}) for kind in kinds]
+    done = runner.invoke(app, ["push", location, "--model", str(training_set.folder), *events, "--json"])
+    assert json.loads(done.stdout) == {
+        "store": location, "events": 6, "fed_derived_values_only": 3, "changed_nothing": 2, "pushed": {"clicked": 1}
+    }  # fmt: skip
+    done = runner.invoke(app, ["push", location, "--model", str(training_set.folder), *events])
+    assert "feed derived values only" in done.stdout

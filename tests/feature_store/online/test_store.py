@@ -221,7 +221,7 @@ def test_an_event_that_cannot_be_taken(training_set: TrainingSet, fresh: Fresh, 
     with pytest.raises(DataError, match=words):
         store.push(event)
     assert len(store.history("clicked", pa.array([1])).times) == 1
-    assert store.push(Event(1, 2, 5, "view")) == ["seen"]
+    assert store.push(Event(1, 2, 5, "view")) == (["seen"], [])
 
 
 def test_keys_of_another_type_are_an_error_and_not_unknown(training_set: TrainingSet, fresh: Fresh) -> None:
