@@ -97,6 +97,7 @@ class Codec:
 
     Attributes:
         features: names, in order.
+        numbers: names of what is stored beside them.
         digest: first 8 bytes of a sha256 over the encoder's fingerprint and the layout.
     """
 
@@ -112,6 +113,7 @@ class Codec:
     ) -> None:
         self.name = name
         self.features = tuple(features)
+        self.numbers = tuple(numbers or ())
         self._encoder = encoder
         self._kind = _KINDS[kind]
         self._start = _MAGIC | FORMAT_VERSION << 8 | self._kind << 16
@@ -149,6 +151,11 @@ class Codec:
         plain = np.dtype(fields)
         padding = -plain.itemsize % 8 if plain.itemsize else 8
         return np.dtype([*fields, ("@padding", "u1", (padding,))]) if padding else plain
+
+    def bytes_of(self, number: str) -> slice:
+        """Where a value of one record holds what is stored beside features."""
+        kind, place, *_ = (self._record.fields or {})[number]
+        return slice(_HEADER.itemsize + place, _HEADER.itemsize + place + kind.itemsize)
 
     def encode(
         self,

@@ -136,6 +136,45 @@ def test_online_is_offline_at_the_time_of_materialising(built: TrainingSet, loca
     store.close()
 
 
+def test_only_what_has_changed_is_written(built: TrainingSet, tmp_path: Path) -> None:
+    store = opened(built, f"lmdb:{tmp_path / 'online'}")
+    minute, start = 60_000_000, START + 5 * DAY
+    with training_set_views(built) as views:
+        materializer = Materializer(store, views, derived=views.derived)
+        # Everything happens at whole hours, events at every sixth.
+        whole, still, later = (materializer.run(start + after * minute) for after in (1, 2, 361))
+    kinds = ("derived values of items", "derived values of users", "rows of events", "rows of events by created")
+    assert {still.visited[kind] for kind in kinds} == {0}
+    assert all(later.written[kind] == later.visited[kind] <= whole.written[kind] for kind in kinds)
+    assert later.written["derived values of items"] > 0
+    assert 0 < later.visited["rows of events"] < whole.written["rows of events"]
+    store.close()
+
+
+def test_unfinished_runs_of_other_times_leave_nothing_behind(built: TrainingSet, tmp_path: Path) -> None:
+    store = opened(built, f"lmdb:{tmp_path / 'online'}")
+    names = derived_names(built)
+
+    def stop(kind: str, done: int, _total: int) -> None:
+        if kind == "derived values of users" and done:
+            raise KeyboardInterrupt
+
+    with training_set_views(built) as views:
+        materializer = Materializer(store, views, derived=views.derived, chunk=5)
+        num_torn = 0
+        for when, split, number in requests_of(built)[5::6]:
+            for until in range(max(when - 40 * (DAY // 24), START), when, 10 * (DAY // 24)):
+                try:
+                    materializer.run(max(until, (store.meta()["materialized"] or {"until": 0})["until"]), progress=stop)
+                except KeyboardInterrupt:
+                    num_torn += 1
+            assert materializer.run(when).resumed is False
+            stored = Batch.from_training_set(built, split, np.array([number]))
+            assert_equal(assemble(store, body_of(built, split, number)), stored, names)
+    assert num_torn > 8
+    store.close()
+
+
 LIVE = {
     "f_user_clicks_1d", "f_user_events", "f_user_known", "f_user_category", "f_since_click", "f_mixed", "activity",
     "f_pair_dwell",
