@@ -28,6 +28,7 @@ class OnlineFeatures:
 
     has_users = True
     has_items = True
+    has_derived = True
 
     def __init__(self, store: OnlineStore) -> None:
         self.store = store
@@ -80,6 +81,7 @@ class _ReadFeatures:
 
     has_users = True
     has_items = True
+    has_derived = True
 
     def __init__(self, source: OnlineFeatures, users: Array, items: Array, read: Read) -> None:
         self._source = source
