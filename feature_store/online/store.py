@@ -377,7 +377,7 @@ class OnlineStore:
     def _entities(self, codec: Codec, found: Sequence[bytes | None], now: int) -> Entities:
         decoded, is_known = _live(codec, found, now)
         columns = decoded.columns
-        if is_known.all():
+        if len(decoded.expires) == len(found):
             return Entities(columns, is_known)
         return Entities({f: self._spread(f, columns[f], is_known) for f in codec.features}, is_known)
 
@@ -397,7 +397,7 @@ class OnlineStore:
         codec = self._histories[name]
         decoded, is_known = _live(codec, found, now)
         offsets = decoded.offsets
-        if not is_known.all():
+        if len(decoded.expires) < len(found):
             lengths = np.zeros(len(found), np.int64)
             lengths[is_known] = np.diff(offsets)
             offsets = offsets_of(lengths)
@@ -747,6 +747,8 @@ def cut(events: Events, before: np.ndarray, max_length: int) -> Events:
         max_length: of each history.
     """
     if len(before) == 1:
+        if len(events.times) <= max_length and (len(events.times) == 0 or events.times[-1] < before[0]):
+            return events
         last = int(np.searchsorted(events.times, before[0]))
         only = slice(max(last - max_length, 0), last)
         columns = {f: _sliced(c, only) for f, c in events.columns.items()}
@@ -787,8 +789,8 @@ def _live(codec: Codec, found: Sequence[bytes | None], now: int) -> tuple[Decode
         is_known = np.fromiter((value is not None for value in found), np.bool_, len(found))
         values = [value for value in found if value is not None]
         decoded = codec.decode(values)
-    is_live = decoded.expires > now
-    if not is_live.all():
+    if decoded.first_expiry <= now:
+        is_live = decoded.expires > now
         is_known[is_known] = is_live
         decoded = codec.decode([value for value, live in zip(values, is_live.tolist(), strict=True) if live])
     return decoded, is_known
@@ -810,6 +812,8 @@ def stored_keys(keys: Array, which: str, prefix: bytes) -> tuple[list[bytes], st
     if isinstance(parsed, IntKeys):
         # After a letter that no text begins with.
         head = prefix + b"n"
+        if len(parsed.values) == 1 and parsed.valid is None:
+            return [head + int(parsed.values[0]).to_bytes(8, "big", signed=True)], "integer"
         stored = np.empty(len(parsed.values), [("head", f"V{len(head)}"), ("key", ">i8")])
         stored["head"] = np.void(head)
         stored["key"] = parsed.values
