@@ -114,8 +114,8 @@ class Computation:
         joined = self.joined
         asked = Asked(joined.user_row, joined.requests.time, joined.item_row, joined.requests.row_start)
         found: dict[str, np.ndarray] = {}
-        for derived, lookup in self.lookups():
-            found[derived.name] = self._filled(derived, asked, partial(lookup, asked))
+        for value, lookup in self.lookups():
+            found[value.name] = self._filled(value, asked, partial(lookup, asked))
         for derived in self.schema.derived:
             if isinstance(derived, Ratio):
                 found[derived.name] = self._filled(derived, asked, partial(self.ratio, derived, found, asked))

@@ -31,7 +31,7 @@ from feature_store.online.derived import (
     units_column,
     value_column,
 )
-from feature_store.online.store import stored_keys
+from feature_store.online.keys import stored_keys
 from feature_store.sources import feature_use, to_arrow
 from feature_store.tables import write_entities
 from feature_store.views import Views

@@ -13,7 +13,8 @@ from typing import Self
 import numpy as np
 
 from feature_store.online.location import open_backend
-from feature_store.online.store import Entities, OnlineStore, Read, cut
+from feature_store.online.reading import Entities, Read, cut
+from feature_store.online.store import OnlineStore
 from recsys.encoding.columns import Array
 from recsys.encoding.encoder import Encoder
 from serving.features import Derived, Events, FeatureSource, Known

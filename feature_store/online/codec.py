@@ -159,7 +159,8 @@ class Codec:
 
     def bytes_of(self, number: str) -> slice:
         """Where a value of one record holds what is stored beside features."""
-        kind, place, *_ = (self._record.fields or {})[number]
+        assert self._record.fields is not None
+        kind, place, *_ = self._record.fields[number]
         return slice(_HEADER.itemsize + place, _HEADER.itemsize + place + kind.itemsize)
 
     def encode(

@@ -170,12 +170,17 @@ class Layout:
 
     def keeps(self, of: str) -> bool:
         """Whether anything is kept with users, or with items."""
-        codec = self.codecs[0 if of == "item" else 1]
+        codec = self.codec_of(of)
         return bool(codec.features) or len(codec.numbers) > 1  # beside the time
 
     def time_of_values(self, of: str) -> slice:
         """The bytes of what is kept with a user, or with an item, that hold the time."""
-        return self.codecs[0 if of == "item" else 1].bytes_of(AS_OF)
+        return self.codec_of(of).bytes_of(AS_OF)
+
+    def codec_of(self, of: str) -> Codec:
+        """Of what is kept with items, or with users."""
+        items, users, _ = self.codecs
+        return items if of == "item" else users
 
     @cached_property
     def codecs(self) -> tuple[Codec, Codec, tuple[Codec, ...]]:

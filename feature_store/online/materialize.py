@@ -28,7 +28,9 @@ import numpy as np
 
 from feature_store.online.codec import ranges, take_rows
 from feature_store.online.derived import AS_OF, ITEM_VALUES, USER_VALUES, Family, Rows
-from feature_store.online.store import ITEM, META, USER, Events, OnlineStore
+from feature_store.online.keys import ITEM, META, USER
+from feature_store.online.reading import Events
+from feature_store.online.store import OnlineStore
 from recsys.encoding.columns import offsets_of
 from recsys.encoding.encoder import EncodedColumn, Encoder, Ragged
 from recsys.errors import ArtifactError, ConfigError
@@ -410,7 +412,7 @@ def differing(one: EncodedColumn, other: EncodedColumn) -> np.ndarray:
     """``(n,)`` bool: the rows that are not the same in both columns; missing numbers are the same."""
     if isinstance(one, Ragged):
         assert isinstance(other, Ragged)
-        is_differing = np.diff(one.offsets) != np.diff(other.offsets)
+        is_differing: np.ndarray = np.diff(one.offsets) != np.diff(other.offsets)
         alike = np.flatnonzero(~is_differing)
         lengths = np.diff(one.offsets)[alike]
         ids = [bag.values[ranges(bag.offsets[:-1][alike], lengths)] for bag in (one, other)]
@@ -420,7 +422,8 @@ def differing(one: EncodedColumn, other: EncodedColumn) -> np.ndarray:
     is_same = one == other
     if one.dtype.kind == "f":
         is_same |= np.isnan(one) & np.isnan(other)
-    return ~is_same.reshape(len(one), -1).all(axis=1)
+    is_any: np.ndarray = ~is_same.reshape(len(one), -1).all(axis=1)
+    return is_any
 
 
 @dataclass(frozen=True)

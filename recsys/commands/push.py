@@ -75,7 +75,7 @@ def _event(line: str, online: Any) -> Any:
     import json
     import time
 
-    from feature_store.online.store import Event
+    from feature_store.online.pushing import Event
     from recsys.errors import DataError
 
     try:

@@ -14,7 +14,8 @@ from typer.testing import CliRunner
 
 from feature_store.online.location import open_backend
 from feature_store.online.materialize import materialize
-from feature_store.online.store import Event, Limits, OnlineStore
+from feature_store.online.pushing import Event
+from feature_store.online.store import Limits, OnlineStore
 from recsys.cli import app
 from recsys.errors import ArtifactError, ConfigError, RecsysError, SourceError, UnavailableError
 from recsys.predictor import Predictor

@@ -15,7 +15,8 @@ from typer.testing import CliRunner
 
 from feature_store.online.location import open_backend
 from feature_store.online.materialize import Materializer, Summary
-from feature_store.online.store import Event, Limits, OnlineStore
+from feature_store.online.pushing import Event
+from feature_store.online.store import Limits, OnlineStore
 from feature_store.snapshot import training_set_views, view_snapshot
 from recsys.batch import Bags, Batch
 from recsys.cli import app

@@ -15,9 +15,12 @@ import pyarrow as pa
 import pytest
 
 from feature_store.online.codec import take_rows
+from feature_store.online.key_values import KeyValues
 from feature_store.online.lmdb_store import LMDB
 from feature_store.online.materialize import PROGRESS, Materializer, materialize
-from feature_store.online.store import Event, KeyValues, Limits, OnlineStore, cut
+from feature_store.online.pushing import Event
+from feature_store.online.reading import cut
+from feature_store.online.store import Limits, OnlineStore
 from feature_store.snapshot import ViewSnapshot
 from recsys.encoding import EncodedColumn, Encoder, Ragged
 from recsys.errors import ArtifactError, ConfigError

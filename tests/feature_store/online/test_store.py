@@ -14,7 +14,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from feature_store.online.codec import take_rows
-from feature_store.online.store import Event, KeyValues, Limits, OnlineStore, cut
+from feature_store.online.key_values import KeyValues
+from feature_store.online.pushing import Event
+from feature_store.online.reading import cut
+from feature_store.online.store import Limits, OnlineStore
 from recsys.encoding import Ragged
 from recsys.errors import ArtifactError, ConfigError, DataError, EncodingError
 from recsys.training_set import TrainingSet
