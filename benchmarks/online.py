@@ -21,9 +21,12 @@ import numpy as np
 
 from benchmarks.machine import machine_record
 from benchmarks.simulated import simulated_training_set
+from feature_store.online.key_values import KeyValues
 from feature_store.online.lmdb_store import LMDB
 from feature_store.online.materialize import materialize
-from feature_store.online.store import Event, KeyValues, Limits, OnlineStore, cut
+from feature_store.online.pushing import Event
+from feature_store.online.reading import cut
+from feature_store.online.store import Limits, OnlineStore
 from recsys.training_set import TrainingSet, end_column, start_column
 
 BAR_US = 300.0

@@ -48,7 +48,7 @@ from recsys.training_set import FORMAT, FORMAT_VERSION, TrainingSet
 
 __all__ = ["BuildSummary", "DataConfig", "SplitConfig", "build_training_set"]
 
-BUILD_VERSION = 2
+BUILD_VERSION = 3
 """Raised when the same inputs give another training set, so that finished ones are built again."""
 
 

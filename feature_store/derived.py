@@ -9,17 +9,19 @@ a schema without derived values, whose events are looked at shard by shard (:mod
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import polars as pl
+import pyarrow as pa
 
-from feature_store.sources import feature_use
+from feature_store.sources import feature_use, to_arrow
 from feature_store.views import Views, windowed
 from recsys.derived import AsOf, Derived, Mean, Ratio, Sum, Windowed, duration_us
 from recsys.errors import SourceError
-from recsys.schema import VersionedView
+from recsys.schema import Feature, VersionedView
 from recsys.windows import GroupedRows, LatestVersion, WindowedValue, in_units, ratio
 
 if TYPE_CHECKING:
@@ -44,6 +46,31 @@ def compute_derived(joined: Joined) -> Mapping[str, np.ndarray]:
         SourceError: an expression does not fit its columns, or does not give what it must.
     """
     return Computation(joined).run()
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Requests and impressions that values are wanted of.
+
+    Attributes:
+        user_row: ``(R,)`` int64, row of the users table; 0 for a user that it does not hold.
+        time: ``(R,)`` int64, UTC microseconds.
+        item_row: ``(N,)`` int64, row of the items table of each impression; 0 for one that it does not hold.
+        row_start: ``(R,)`` int64, the first impression of each request.
+    """
+
+    user_row: np.ndarray
+    time: np.ndarray
+    item_row: np.ndarray
+    row_start: np.ndarray
+
+    def requests_of(self, rows: slice) -> np.ndarray:
+        """``(n,)``: the request of each impression."""
+        return np.searchsorted(self.row_start, np.arange(rows.start, rows.stop), side="right") - 1
+
+
+Lookup = Callable[[Asked, slice], np.ndarray]
+"""A value of some of the requests, or of some of the impressions, by its scope."""
 
 
 class Log:
@@ -84,19 +111,26 @@ class Computation:
 
     def run(self) -> dict[str, np.ndarray]:
         """Every value of every request, or of every impression."""
+        joined = self.joined
+        asked = Asked(joined.user_row, joined.requests.time, joined.item_row, joined.requests.row_start)
         found: dict[str, np.ndarray] = {}
+        for value, lookup in self.lookups():
+            found[value.name] = self._filled(value, asked, partial(lookup, asked))
+        for derived in self.schema.derived:
+            if isinstance(derived, Ratio):
+                found[derived.name] = self._filled(derived, asked, partial(self.ratio, derived, found, asked))
+        return {derived.name: found[derived.name] for derived in self.schema.derived}
+
+    def lookups(self) -> Iterator[tuple[Windowed | AsOf, Lookup]]:
+        """Every value but ratios, each ready to be looked up; one after the other, so that none need be kept."""
         logs: dict[str, Log] = {}
         for (source, by, created), specs in self._alike().items():
             if source not in logs:
                 logs = {source: self.log(source)}
             for spec, value in self.values(specs, logs[source], by, created):
-                found[spec.name] = self._filled(spec, np.float64, partial(self._at, value))
+                yield spec, partial(self._at, value)
         for view in self.schema.views.versions:
-            found.update(self._versions(view))
-        for derived in self.schema.derived:
-            if isinstance(derived, Ratio):
-                found[derived.name] = self._ratio(derived, found)
-        return {derived.name: found[derived.name] for derived in self.schema.derived}
+            yield from self._versions(view)
 
     def values(
         self, specs: Sequence[Windowed], log: Log, by: Sequence[str], created: str | None
@@ -160,25 +194,19 @@ class Computation:
             self._codes[name] = codes, int(codes.max(initial=0)) + 1
         return *self._codes[name], feature.scope
 
-    def _asked(self, by: Sequence[str], part: slice) -> tuple[np.ndarray, np.ndarray]:
+    def _group(self, by: Sequence[str], asked: Asked, part: slice) -> tuple[np.ndarray, np.ndarray]:
         """The group and the time of some requests, or of some impressions."""
-        joined = self.joined
         if self._scope_of(by) == "context":
-            user_row = joined.user_row[part]
-            return self.keys(by, user_row, user_row)[0], joined.requests.time[part]
-        request = self._requests_of(part)
-        return self.keys(by, joined.user_row[request], joined.item_row[part])[0], joined.requests.time[request]
+            user_row = asked.user_row[part]
+            return self.keys(by, user_row, user_row)[0], asked.time[part]
+        request = asked.requests_of(part)
+        return self.keys(by, asked.user_row[request], asked.item_row[part])[0], asked.time[request]
 
-    def _at(self, value: WindowedValue, part: slice) -> np.ndarray:
-        return value.at(*self._asked(value.spec.by, part))
+    def _at(self, value: WindowedValue, asked: Asked, part: slice) -> np.ndarray:
+        return value.at(*self._group(value.spec.by, asked, part))
 
     def _scope_of(self, by: Sequence[str]) -> str:
         return "context" if all(self.coded(name)[2] == "user" for name in by) else "candidate"
-
-    def _requests_of(self, rows: slice) -> np.ndarray:
-        """``(n,)``: the request of each impression."""
-        starts = self.joined.requests.row_start
-        return np.searchsorted(starts, np.arange(rows.start, rows.stop), side="right") - 1
 
     def counted(self, spec: Windowed, source_row: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
         """What some rows of a log add to a value.
@@ -240,36 +268,34 @@ class Computation:
         ranks = _ranks(views.version_columns(view.name)[rows])
         return rows, LatestVersion.build(row_of_entity, views.time(view.name)[rows], created, ranks)
 
-    def _versions(self, view: VersionedView) -> Iterator[tuple[str, np.ndarray]]:
+    def _versions(self, view: VersionedView) -> Iterator[tuple[AsOf, Lookup]]:
         """The version that each value of one view reads."""
         rows, latest = self.versions(view)
         for derived in self.schema.derived:
             if isinstance(derived, AsOf) and derived.view == view.name:
                 max_age = None if derived.max_age is None else duration_us(derived.max_age)
 
-                def find(part: slice, max_age: int | None = max_age) -> np.ndarray:
-                    found = latest.at(*self._asked((view.of,), part), max_age)
+                def find(asked: Asked, part: slice, max_age: int | None = max_age) -> np.ndarray:
+                    found = latest.at(*self._group((view.of,), asked, part), max_age)
                     return np.where(found < 0, -1, np.append(rows, -1)[found])
 
-                yield derived.name, self._filled(derived, np.int64, find)
+                yield derived, find
 
-    def _ratio(self, spec: Ratio, found: Mapping[str, np.ndarray]) -> np.ndarray:
+    def ratio(self, spec: Ratio, found: Mapping[str, np.ndarray], asked: Asked, part: slice) -> np.ndarray:
+        """A ratio of what was found for some requests, or for some impressions."""
         scope = self.schema.derived_scope(spec)
         parts = {d.name: d for d in self.schema.derived if d.name in (spec.numerator, spec.denominator)}
 
-        def read(name: str, rows: slice) -> np.ndarray:
+        def read(name: str) -> np.ndarray:
             is_wide = scope == "candidate" and self.schema.derived_scope(parts[name]) == "context"
-            return found[name][self._requests_of(rows) if is_wide else rows]
+            return found[name][asked.requests_of(part) if is_wide else part]
 
-        def values(rows: slice) -> np.ndarray:
-            return ratio(spec, read(spec.numerator, rows), read(spec.denominator, rows))
+        return ratio(spec, read(spec.numerator), read(spec.denominator))
 
-        return self._filled(spec, np.float64, values)
-
-    def _filled(self, derived: Derived, dtype: Any, values: Callable[[slice], np.ndarray]) -> np.ndarray:
+    def _filled(self, derived: Derived, asked: Asked, values: Callable[[slice], np.ndarray]) -> np.ndarray:
         """A value of all requests, or of all impressions, computed in chunks into a file."""
-        requests = self.joined.requests
-        size = requests.num_requests if self.schema.derived_scope(derived) == "context" else requests.num_rows
+        size = len(asked.time) if self.schema.derived_scope(derived) == "context" else len(asked.item_row)
+        dtype: Any = np.int64 if isinstance(derived, AsOf) else np.float64
         if size == 0:
             return np.empty(0, dtype)
         filled: np.ndarray = np.lib.format.open_memmap(
@@ -279,6 +305,48 @@ class Computation:
             part = slice(start, min(start + CHUNK, size))
             filled[part] = values(part)
         return filled
+
+
+class ReadyValues:
+    """Every value of a schema, ready to be looked up again and again; holds the sorted rows of all of them.
+
+    Args:
+        computation: of the logs.
+    """
+
+    def __init__(self, computation: Computation) -> None:
+        self._computation = computation
+        self._lookups = list(computation.lookups())
+
+    def of(self, asked: Asked) -> dict[str, np.ndarray]:
+        """Every value, as :func:`compute_derived` gives them.
+
+        Args:
+            asked: requests and impressions, whether or not a view holds them.
+        """
+        schema = self._computation.schema
+        sizes = {"context": len(asked.time), "candidate": len(asked.item_row)}
+        whole = {derived.name: slice(0, sizes[schema.derived_scope(derived)]) for derived in schema.derived}
+        found = {derived.name: lookup(asked, whole[derived.name]) for derived, lookup in self._lookups}
+        for derived in schema.derived:
+            if isinstance(derived, Ratio):
+                found[derived.name] = self._computation.ratio(derived, found, asked, whole[derived.name])
+        return found
+
+
+def raw_values(views: Views, feature: Feature, derived: Derived, found: np.ndarray) -> pa.Array[Any]:
+    """Raw values of a feature of a derived value.
+
+    Args:
+        views: that it was computed from.
+        feature: that reads it.
+        derived: the value.
+        found: ``(n,)``, as :func:`compute_derived` gives them.
+    """
+    if isinstance(derived, AsOf):
+        return to_arrow(views.version_values(feature, derived).gather(pl.Series(found).replace(-1, None)))
+    numbers: pa.Array[Any] = pa.array(found, from_pandas=True)
+    return numbers
 
 
 def _ranks(columns: pl.DataFrame) -> np.ndarray:

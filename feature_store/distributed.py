@@ -33,7 +33,7 @@ from feature_store.event_log import EventLog
 from feature_store.event_shards import EventBlock, EventShards, sorted_events
 from feature_store.joined import Happened, event_columns, numbered, user_bounds
 from feature_store.quarantine import code_of
-from feature_store.sources import to_arrow
+from feature_store.sources import IN_ORDER, to_arrow
 from feature_store.time_spans import TimeCounts
 from feature_store.views import Views
 from recsys.config import validate
@@ -153,7 +153,7 @@ def _packed(frame: pl.LazyFrame) -> bytes:
 
 
 def _read(plan: bytes) -> pl.DataFrame:
-    return pl.LazyFrame.deserialize(io.BytesIO(plan)).collect()
+    return pl.LazyFrame.deserialize(io.BytesIO(plan)).collect(optimizations=IN_ORDER)
 
 
 def scan_file(row: Row) -> Row:

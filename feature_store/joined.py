@@ -11,7 +11,7 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 
-from feature_store.derived import compute_derived
+from feature_store.derived import compute_derived, raw_values
 from feature_store.entities import Entities
 from feature_store.event_checks import EventChecks
 from feature_store.event_log import EventLog
@@ -28,7 +28,7 @@ from feature_store.point_in_time import Requests
 from feature_store.sources import feature_use, to_arrow
 from feature_store.time_spans import check_unit, span
 from feature_store.views import Views
-from recsys.derived import AsOf, Derived
+from recsys.derived import Derived
 from recsys.encoding import KeyIndex
 from recsys.errors import SourceError
 from recsys.schema import Feature, History, Schema
@@ -62,6 +62,24 @@ class LocalEvents:
     ) -> tuple[dict[str, EventLog], int]:
         """See :class:`EventWork`."""
         return _event_logs(views, happened, users, items, checks)
+
+
+class EventKeys(LocalEvents):
+    """Finds the users and items of events, and no histories."""
+
+    def logs(
+        self,
+        views: Views,
+        happened: Happened,
+        users: Entities,
+        items: Entities,  # noqa: ARG002
+        checks: EventChecks,
+    ) -> tuple[dict[str, EventLog], int]:
+        """See :class:`EventWork`."""
+        for _, block in happened.blocks(views):
+            checks.see(block)
+        checks.run()
+        return _no_logs(views, users)
 
 
 @dataclass(frozen=True)
@@ -197,11 +215,7 @@ class Joined:
         return to_arrow(self.views.values(feature).gather(self.source_row[rows]))
 
     def _derived_column(self, feature: Feature, derived: Derived, rows: slice) -> pa.Array[Any]:
-        found = self.derived[derived.name][rows]
-        if isinstance(derived, AsOf):
-            return to_arrow(self.views.version_values(feature, derived).gather(pl.Series(found).replace(-1, None)))
-        numbers: pa.Array[Any] = pa.array(found, from_pandas=True)
-        return numbers
+        return raw_values(self.views, feature, derived, self.derived[derived.name][rows])
 
     def event_column(self, feature: Feature, history: str) -> pa.Array[Any]:
         """Raw values of an event feature, one an event of the history's log."""

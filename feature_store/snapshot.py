@@ -31,7 +31,7 @@ from feature_store.online.derived import (
     units_column,
     value_column,
 )
-from feature_store.online.store import stored_keys
+from feature_store.online.keys import stored_keys
 from feature_store.sources import feature_use, to_arrow
 from feature_store.tables import write_entities
 from feature_store.views import Views
@@ -41,6 +41,7 @@ from recsys.encoding import EncodedColumn, Encoder
 from recsys.errors import ConfigError, SchemaError, SourceError
 from recsys.schema import Feature, Schema
 from recsys.training_set import Table, TrainingSet, open_table
+from recsys.windows import WindowedValue
 
 Stage = Callable[[str], None]
 
@@ -155,6 +156,8 @@ class ViewDerived:
         self._logs: dict[str, Log] = {}
         self._code: dict[str, np.ndarray] = {}
         self._versions: dict[str, Any] = {}
+        self._asked: set[str] = set()
+        self._ready: dict[str, WindowedValue] = {}
         specs: list[Windowed] = [s for f in self._layout.families for s in f.specs] + [
             *self._layout.of_items,
             *self._layout.of_users,
@@ -196,8 +199,13 @@ class ViewDerived:
 
     def _at(self, spec: Windowed, row: np.ndarray, until: int) -> np.ndarray:
         """A value of every item, or of every user, as of a time."""
-        log = self._log(spec.source)
-        ((_, value),) = self._computation.values([spec], log, spec.by, spec.created)
+        value = self._ready.get(spec.name)
+        if value is None:
+            ((_, value),) = self._computation.values([spec], self._log(spec.source), spec.by, spec.created)
+            # A run asks once: only for who materialises again and again, the sorted rows are kept.
+            if spec.name in self._asked:
+                self._ready[spec.name] = value
+            self._asked.add(spec.name)
         key, _ = self._computation.keys(spec.by, row, row)
         return value.at(key, np.full(len(row), until))
 

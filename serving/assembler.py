@@ -155,13 +155,13 @@ class Assembler:
             stored = self.features.at(raw.users, raw.items)
             user, is_known_user = self._entities(stored, "user", raw.users, raw.user, num_requests, problems)
             item, is_known_item = self._entities(stored, "item", raw.items, raw.row, num_rows, problems)
+            derived = self._derived_values(stored, raw)
         except EncodingError as err:  # keys of the wrong type: nothing else can be said of these rows
             raise RequestError(err.message) from err
         shown = self.schema.views.impressions
         known_R = {shown.time: raw.time, shown.user: raw.users}
         row_time = raw.time[raw.request_of_row] if raw.row_time is None else raw.row_time
         known_N = {shown.time: row_time, shown.item: raw.items}
-        derived = self._derived_values(stored, raw)
         context = {
             f.name: self._column(f, raw.context, known_R, derived.columns.get(f.name), num_requests, problems, derived)
             for f in self._by_scope["context"]

@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 
 from recsys.encoding.columns import Array
 from recsys.errors import ConfigError, SourceError
+from serving.features import DerivedSource, WithDerived
 from serving.frames import FrameReader, score_table
 from serving.output import (
     check_output,
@@ -68,6 +69,7 @@ def score_parquet(
     output: str | Path,
     *,
     features: str | Path | None = None,
+    derived: DerivedSource | None = None,
     batch_size: int = 4096,
     column: str = "score_{task}",
     progress: bool = False,
@@ -76,7 +78,8 @@ def score_parquet(
 
     Every column of the input is kept, rows keep their order, and one float64 column a task is added. Users, items and
     histories come from the scorer's stored features; columns of users or items in the input count only where none are
-    stored.
+    stored. Derived values are columns of the input, under their names; those that it lacks come from ``derived``, or
+    from an online store.
 
     Args:
         scorer: the model and its stored features, or the folder of an artifact.
@@ -84,6 +87,8 @@ def score_parquet(
         output: a file, or for a folder a folder with the same parts; ``name.parquet`` joins the parts of a folder in
             one file.
         features: folder of stored features, for an artifact; its own snapshot if not given.
+        derived: computes derived values, each as it was known at its request's time; if not given, the stored features
+            hold them, as an online store does, or they are columns of the input.
         batch_size: rows scored at once, about.
         column: name of the added columns; ``{task}`` stands for the task.
         progress: whether to show a progress bar on stderr.
@@ -99,6 +104,8 @@ def score_parquet(
     check_output(source, target)
     if not isinstance(scorer, Scorer):
         scorer = Scorer.load(scorer, features=features)
+    if derived is not None:
+        scorer = Scorer(scorer.predictor, WithDerived(scorer.assembler.features, derived))
     files = input_files(source)
     added = tuple(column.format(task=task) for task in scorer.artifact.tasks)
     if len(set(added)) < len(added):
@@ -106,7 +113,9 @@ def score_parquet(
     totals = np.zeros(3, np.int64)
     stored = scorer.assembler.features
     is_stored = stored.has_users and stored.has_items
-    reader = FrameReader(scorer.artifact.schema, reads_entities=not is_stored, is_complete=True)
+    reader = FrameReader(
+        scorer.artifact.schema, reads_entities=not is_stored, is_complete=True, has_derived=stored.has_derived
+    )
     num_rows = sum(open_parquet(f).metadata.num_rows for f in files)
     for file in files:
         _check(file, reader, added)

@@ -80,10 +80,12 @@ class FeatureSource(Protocol):
     Attributes:
         has_users: whether anything is known of users.
         has_items: whether anything is known of items.
+        has_derived: whether derived values are.
     """
 
     has_users: bool
     has_items: bool
+    has_derived: bool
 
     def at(self, users: Array, items: Array) -> FeatureSource:
         """A source for one batch, which may have read all about its users and items at once; else this one.
@@ -120,6 +122,52 @@ class FeatureSource(Protocol):
         """
 
 
+class DerivedSource(Protocol):
+    """Where derived values come from that no stored features hold."""
+
+    def derived(
+        self, users: Array, items: Array, time: np.ndarray, request_of_row: np.ndarray
+    ) -> tuple[Mapping[str, EncodedColumn], Mapping[str, str]]:
+        """See :meth:`FeatureSource.derived`."""
+
+
+class WithDerived:
+    """A feature source whose derived values come from elsewhere.
+
+    Args:
+        source: of everything else.
+        values: of these.
+    """
+
+    has_derived = True
+
+    def __init__(self, source: FeatureSource, values: DerivedSource) -> None:
+        self._source = source
+        self._values = values
+        self.has_users = source.has_users
+        self.has_items = source.has_items
+
+    def at(self, users: Array, items: Array) -> FeatureSource:
+        """See :class:`FeatureSource`."""
+        return WithDerived(self._source.at(users, items), self._values)
+
+    def users(self, keys: Array, features: Sequence[str]) -> Known:
+        """See :class:`FeatureSource`."""
+        return self._source.users(keys, features)
+
+    def items(self, keys: Array, features: Sequence[str]) -> Known:
+        """See :class:`FeatureSource`."""
+        return self._source.items(keys, features)
+
+    def history(self, name: str, users: Array, before: np.ndarray, max_length: int) -> Events:
+        """See :class:`FeatureSource`."""
+        return self._source.history(name, users, before, max_length)
+
+    def derived(self, users: Array, items: Array, time: np.ndarray, request_of_row: np.ndarray) -> Derived:
+        """See :class:`FeatureSource`."""
+        return Derived(*self._values.derived(users, items, time, request_of_row))
+
+
 def take_rows(column: EncodedColumn, rows: np.ndarray) -> EncodedColumn:
     """Some rows of an encoded column."""
     return column.take(rows) if isinstance(column, Ragged) else column[rows]
@@ -152,6 +200,7 @@ class SnapshotFeatures:
     """
 
     def __init__(self, folder: str | Path, encoder: Encoder) -> None:
+        self.has_derived = False
         self.folder = Path(folder)
         self._encoder = encoder
         self._schema: Schema = encoder.schema
@@ -264,6 +313,7 @@ class NoFeatures:
 
     has_users = False
     has_items = False
+    has_derived = False
 
     def __init__(self, encoder: Encoder) -> None:
         self._encoder = encoder

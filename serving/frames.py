@@ -7,6 +7,7 @@ The columns are those of the schema's impressions view: user, item, time, reques
 candidate features read. Beside them a table may hold
 
 * columns that user and item features read: they take the place of what is stored;
+* derived values, under their names: they take the place of what the feature source gives;
 * histories, as list columns named ``<history>.<column>``: ``clicked.item_id``, ``clicked.time``, ``clicked.dwell``;
   all lists of a row equally long, oldest first. A null list stands for the stored history.
 
@@ -56,11 +57,13 @@ class FrameReader:
         reads_entities: whether columns that user and item features read count; if not, only what is stored does.
         is_complete: whether the time and every column of context and candidate features must be there. If not, the
             time is now and the others are unknown.
+        has_derived: whether the feature source gives derived values, so that their columns need not be there.
     """
 
     schema: Schema
     reads_entities: bool = True
     is_complete: bool = False
+    has_derived: bool = False
 
     def check(self, columns: Sequence[str], source: str) -> None:
         """Checks that a table has the columns that it needs.
@@ -73,14 +76,20 @@ class FrameReader:
             SourceError: some are missing; all of them are named.
         """
         shown = self.schema.views.impressions
-        needed = [shown.user, shown.item]
+        needed, derived = [shown.user, shown.item], []
         if self.is_complete:
-            needed += [shown.time, *(f.source_column for s in ("context", "candidate") for f in self._features(s))]
+            features = [f for scope in ("context", "candidate") for f in self._features(scope)]
+            derived = [f.source_column for f in features if self.schema.derived_of(f) is not None]
+            needed += [shown.time, *(f.source_column for f in features if f.source_column not in derived)]
         missing = [c for c in dict.fromkeys(needed) if c not in columns]
         if missing:
+            raise SourceError(f"{source} must have {_named(missing)}", hint=nearest(missing[0], columns))
+        missing = [c for c in dict.fromkeys(derived) if c not in columns]
+        if missing and not self.has_derived:
             raise SourceError(
-                f"{source} must have the column{'s' if len(missing) > 1 else ''} {', '.join(map(repr, missing))}",
-                hint=nearest(missing[0], columns),
+                f"{source} must have {_named(missing)}, or the views that these derived values are computed from must "
+                "be given",
+                hint="recsys score --views FOLDER computes them, each as it was known at its row's time",
             )
         histories = {h.name for h in self.schema.histories}
         for column in columns:
@@ -228,6 +237,10 @@ class FrameReader:
         except EncodingError as err:
             raise SourceError(err.message, hint=err.hint) from err
         return GivenHistory(given, offsets, items, times, columns)
+
+
+def _named(columns: Sequence[str]) -> str:
+    return f"the column{'s' if len(columns) > 1 else ''} {', '.join(map(repr, columns))}"
 
 
 def _parsed(column: Array, where: str) -> Array:

@@ -13,7 +13,8 @@ from typing import Self
 import numpy as np
 
 from feature_store.online.location import open_backend
-from feature_store.online.store import Entities, OnlineStore, Read, cut
+from feature_store.online.reading import Entities, Read, cut
+from feature_store.online.store import OnlineStore
 from recsys.encoding.columns import Array
 from recsys.encoding.encoder import Encoder
 from serving.features import Derived, Events, FeatureSource, Known
@@ -28,6 +29,7 @@ class OnlineFeatures:
 
     has_users = True
     has_items = True
+    has_derived = True
 
     def __init__(self, store: OnlineStore) -> None:
         self.store = store
@@ -80,6 +82,7 @@ class _ReadFeatures:
 
     has_users = True
     has_items = True
+    has_derived = True
 
     def __init__(self, source: OnlineFeatures, users: Array, items: Array, read: Read) -> None:
         self._source = source

@@ -21,7 +21,8 @@ Shapes: V values, S records of all values together.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+import struct
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -44,6 +45,8 @@ _HEADER = np.dtype(
      ("expires", "<i8")]
 )  # fmt: skip
 _HEADER_WORDS = _HEADER.itemsize // 8
+_HEAD = struct.Struct("<QQq")
+"""The same as three words."""
 _KINDS = {"user": 1, "item": 2, "history": 3, "values": 4, "rows": 5}
 _TIMED = ("history", "rows")
 _TIME = "@time"
@@ -65,12 +68,14 @@ class Decoded(NamedTuple):
         times: ``(S,)`` int64, UTC microseconds; empty unless the values are histories.
         columns: encoded columns of S rows, by feature.
         expires: ``(V,)`` int64: when each value expires, UTC microseconds.
+        first_expiry: when the first of them does; :data:`NEVER` without values.
     """
 
     offsets: np.ndarray
     times: np.ndarray
     columns: dict[str, EncodedColumn]
     expires: np.ndarray
+    first_expiry: int
 
 
 @dataclass(frozen=True)
@@ -97,6 +102,7 @@ class Codec:
 
     Attributes:
         features: names, in order.
+        numbers: names of what is stored beside them.
         digest: first 8 bytes of a sha256 over the encoder's fingerprint and the layout.
     """
 
@@ -112,6 +118,7 @@ class Codec:
     ) -> None:
         self.name = name
         self.features = tuple(features)
+        self.numbers = tuple(numbers or ())
         self._encoder = encoder
         self._kind = _KINDS[kind]
         self._start = _MAGIC | FORMAT_VERSION << 8 | self._kind << 16
@@ -149,6 +156,12 @@ class Codec:
         plain = np.dtype(fields)
         padding = -plain.itemsize % 8 if plain.itemsize else 8
         return np.dtype([*fields, ("@padding", "u1", (padding,))]) if padding else plain
+
+    def bytes_of(self, number: str) -> slice:
+        """Where a value of one record holds what is stored beside features."""
+        assert self._record.fields is not None
+        kind, place, *_ = self._record.fields[number]
+        return slice(_HEADER.itemsize + place, _HEADER.itemsize + place + kind.itemsize)
 
     def encode(
         self,
@@ -223,7 +236,7 @@ class Codec:
 
     def _decoded_one(self, content: bytes) -> Decoded | None:
         """One value; None if it is not sound."""
-        start, digest = int.from_bytes(content[:8], "little"), int.from_bytes(content[8:16], "little")
+        start, digest, expires = _HEAD.unpack_from(content)
         count = start >> 32
         place = _HEADER.itemsize + count * self._record.itemsize
         if start & _START_MASK != self._start or digest != self.digest or len(content) < place:
@@ -245,8 +258,7 @@ class Codec:
         if blocks * self._block * 8 != len(content) - place:
             return None
         times = records[_TIME].astype(np.int64) if self._has_times else _NO_TIMES
-        expires = np.frombuffer(content, np.int64, 1, 16)
-        return Decoded(np.array([0, count]), times, columns, expires)
+        return Decoded(np.array([0, count]), times, columns, np.array([expires]), expires)
 
     def _decoded_alike(self, content: bytes, num_values: int) -> Decoded | None:
         """Values of one record and one size: a table. None if they are not, or not sound."""
@@ -256,8 +268,14 @@ class Codec:
             return None
         table = np.frombuffer(content, self._table(size, capacity))
         # Were the sizes not equal, another word would lie where the digest is expected.
-        if (table["@start"] != (self._start | 1 << 32)).any() or (table["@digest"] != self.digest).any():
+        start, digest, first_expiry = _HEAD.unpack_from(content)
+        if start != (self._start | 1 << 32) or digest != self.digest:
             return None
+        heads = np.frombuffer(content, np.uint64).reshape(num_values, size // 8)[:, :_HEADER_WORDS]
+        if heads.tobytes() != content[: _HEADER.itemsize] * num_values:  # as those that expire at different times
+            if (table["@start"] != start).any() or (table["@digest"] != digest).any():
+                return None
+            first_expiry = int(table["@expires"].min())
         columns: dict[str, EncodedColumn] = {}
         for field in self._fields:
             if not field.is_bag:
@@ -268,19 +286,39 @@ class Codec:
         is_least = capacity == self._least_blocks * self._ids_of_block
         if most > capacity or not (is_least or int(num_ids.min()) > capacity - self._ids_of_block):
             return None
-        ids = table["@ids"].astype(np.int64) if self._bags else None
+        for bag, (ids, offsets) in zip(self._bags, self._bags_of(table, lengths, capacity), strict=True):
+            columns[bag] = Ragged(ids, offsets)
+        return Decoded(np.arange(num_values + 1), _NO_TIMES, columns, table["@expires"], first_expiry)
+
+    @staticmethod
+    def _bags_of(
+        table: np.ndarray, lengths: Sequence[np.ndarray], capacity: int
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Ids and offsets of each bag of a table.
+
+        Args:
+            table: of V values.
+            lengths: ``(V,)`` int64 of each bag; the ids of a value's bags lie one after the other.
+            capacity: ids that a value has room for.
+        """
+        if not lengths:
+            return
+        stored = np.ascontiguousarray(table["@ids"])
+        if len(lengths) == 1:
+            # No id of a bag is 0, the row of padding: what is not 0 is an id.
+            ids = stored[stored != 0]
+            offsets = offsets_of(lengths[0])
+            if len(ids) == offsets[-1]:
+                yield ids.astype(np.int64), offsets
+                return
         place: np.ndarray | None = None
-        for bag, length in zip(self._bags, lengths, strict=True):
-            assert ids is not None
+        for length in lengths:
             end = length if place is None else place + length
             is_own = _FIRST[end, :capacity]
             if place is not None:
                 is_own &= ~_FIRST[place, :capacity]
-            offsets = np.zeros(num_values + 1, np.int64)
-            np.add.accumulate(length, out=offsets[1:])
-            columns[bag] = Ragged(ids[is_own], offsets)
+            yield stored[is_own].astype(np.int64), offsets_of(length)
             place = end
-        return Decoded(np.arange(num_values + 1), _NO_TIMES, columns, table["@expires"])
 
     def _table(self, size: int, capacity: int) -> np.dtype[Any]:
         """One row a value: the words of its header, its record, its ids."""
@@ -365,7 +403,9 @@ class Codec:
         if (starts[:-1] + (_HEADER_WORDS + counts * self._words) + id_words != starts[1:]).any():
             raise _broken(self.name)
         times = records[_TIME].astype(np.int64) if self._has_times else _NO_TIMES
-        return Decoded(offsets, times, columns, np.empty(0, np.int64) if expires is None else expires)
+        if expires is None:
+            return Decoded(offsets, times, columns, _NO_TIMES, NEVER)
+        return Decoded(offsets, times, columns, expires, int(expires.min()))
 
     def _refuse(self, headers: np.ndarray) -> None:
         """Raises what is wrong with headers ``(V, 3)`` of words."""

@@ -15,8 +15,8 @@ ratio                          nothing: it is computed of its parts
 =============================  ======================================================================================
 
 A number that is kept carries the time that it is of, and is refused for requests before that time: it would be of their
-future. Rows begin with a record that counts nowhere, whose time says since when all rows are there; a window that
-reaches further back is refused, never computed of a part.
+future. Materialised again and found unchanged, it keeps that time. Rows begin with a record that counts nowhere, whose
+time says since when all rows are there; a window that reaches further back is refused, never computed of a part.
 
 The attribute of an item by which rows are grouped is kept as a *code*, 63 bits of a hash. That no two values share one
 is checked when they are written.
@@ -167,6 +167,20 @@ class Layout:
     def views(self, of: str) -> list[str]:
         """Views of versions of users, or of items."""
         return [view.name for view in self.schema.views.versions if view.of == of]
+
+    def keeps(self, of: str) -> bool:
+        """Whether anything is kept with users, or with items."""
+        codec = self.codec_of(of)
+        return bool(codec.features) or len(codec.numbers) > 1  # beside the time
+
+    def time_of_values(self, of: str) -> slice:
+        """The bytes of what is kept with a user, or with an item, that hold the time."""
+        return self.codec_of(of).bytes_of(AS_OF)
+
+    def codec_of(self, of: str) -> Codec:
+        """Of what is kept with items, or with users."""
+        items, users, _ = self.codecs
+        return items if of == "item" else users
 
     @cached_property
     def codecs(self) -> tuple[Codec, Codec, tuple[Codec, ...]]:

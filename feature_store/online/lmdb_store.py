@@ -12,7 +12,7 @@ from pathlib import Path
 
 import lmdb
 
-from feature_store.online.store import Change
+from feature_store.online.key_values import Change
 from recsys.errors import SourceError, UnavailableError
 
 MAP_GIB = 64
@@ -21,7 +21,7 @@ _PAGE = 1024
 
 
 class LMDB:
-    """A :class:`~feature_store.online.store.KeyValues` in a folder.
+    """A :class:`~feature_store.online.key_values.KeyValues` in a folder.
 
     A process opens a folder once; threads share the object.
 
@@ -58,12 +58,12 @@ class LMDB:
             raise SourceError(f"{self.folder} must be a folder of an online store: {err}") from err
 
     def get(self, keys: Sequence[bytes]) -> list[bytes | None]:
-        """See :class:`~feature_store.online.store.KeyValues`."""
+        """See :class:`~feature_store.online.key_values.KeyValues`."""
         with self._reported(), self._environment.begin() as transaction:
             return list(map(transaction.get, keys))
 
     def update(self, keys: Sequence[bytes], change: Change) -> None:
-        """See :class:`~feature_store.online.store.KeyValues`."""
+        """See :class:`~feature_store.online.key_values.KeyValues`."""
         with self._reported(), self._environment.begin(write=True) as transaction:
             values = change(list(map(transaction.get, keys)))
             for key, value in zip(keys, values, strict=True):
@@ -73,7 +73,10 @@ class LMDB:
                     transaction.delete(key)
 
     def scan(self, prefix: bytes) -> Iterator[tuple[bytes, bytes]]:
-        """See :class:`~feature_store.online.store.KeyValues`. A page at a time: no transaction stays open meanwhile."""
+        """See :class:`~feature_store.online.key_values.KeyValues`.
+
+        A page at a time: no transaction stays open meanwhile.
+        """
         start = prefix
         while True:
             page: list[tuple[bytes, bytes]] = []

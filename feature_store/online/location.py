@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from feature_store.online.store import KeyValues
+from feature_store.online.key_values import KeyValues
 from recsys.errors import ConfigError
 
 _REDIS = ("redis://", "rediss://", "unix://")

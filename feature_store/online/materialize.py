@@ -5,12 +5,14 @@ or after that time stays; so do the histories of users that the log does not kno
 materialising often gives the same as materialising once.
 
 Derived values need the views (:mod:`feature_store.snapshot`): rows of users that count are treated as histories are,
-numbers of users and items are written as of the time, with it.
+numbers of users and items are written as of the time, with it. Numbers that have not changed keep the earlier time:
+they are right as of both.
 
 It works in chunks. A chunk is written together with the place where the next one begins, so that a run that is killed
 at any moment goes on there. Of a log that the store has materialised before, up to an earlier time, only users with
-events since are visited; everything is compared first, and only what differs is written. Values that expire are all
-written, since that renews them.
+events since are visited, and of derived values those whose rows came into a window since or left one, or whose number
+has changed; everything is compared first, and only what differs is written. Values that expire are all written, since
+that renews them.
 """
 
 from __future__ import annotations
@@ -26,9 +28,11 @@ import numpy as np
 
 from feature_store.online.codec import ranges, take_rows
 from feature_store.online.derived import AS_OF, ITEM_VALUES, USER_VALUES, Family, Rows
-from feature_store.online.store import ITEM, META, USER, Events, OnlineStore
+from feature_store.online.keys import ITEM, META, USER
+from feature_store.online.reading import Events
+from feature_store.online.store import OnlineStore
 from recsys.encoding.columns import offsets_of
-from recsys.encoding.encoder import EncodedColumn, Encoder
+from recsys.encoding.encoder import EncodedColumn, Encoder, Ragged
 from recsys.errors import ArtifactError, ConfigError
 from recsys.schema import Schema
 from recsys.training_set import ITEM_ROW, TIME, Table, end_column, start_column
@@ -136,8 +140,8 @@ class Materializer:
         self._set = training_set
         self._chunk = chunk
         self._derived = derived
-        self._values: tuple[str, int, dict[str, EncodedColumn]] | None = None
-        self._rows: tuple[Family, Rows] | None = None
+        self._values: dict[str, tuple[int, dict[str, EncodedColumn]]] = {}
+        self._rows: dict[Family, tuple[Rows, _Order]] = {}
 
     @cached_property
     def _source(self) -> str:
@@ -177,17 +181,22 @@ class Materializer:
                 )
             end = before["until"]
         summary = Summary(until)
-        since = before["until"] if before is not None and before["source"] == self._source else None
         is_renewed = self.store.limits.user_ttl_s is not None
         run = {"source": self._source, "until": end}
-        place = self._resumed(run)
+        unfinished = self._unfinished()
+        place = unfinished if unfinished is not None and {**unfinished, **run} == unfinished else None
         summary.resumed = place is not None
+        # What an unfinished run of other work has written, nobody knows: everything is visited then.
+        is_torn = unfinished is not None and (place is None or place["is_torn"])
+        is_known = before is not None and before["source"] == self._source and not is_torn
+        since = before["until"] if is_known else None
         if (self.store.limits.user_ttl_s or self.store.limits.item_ttl_s) and not summary.resumed:
             summary.swept = self.store.sweep()
         kinds = ["items", "users", *self._logs]
-        families = {f.name: place for place, f in enumerate(self.store.layout.families)}
+        layout = self.store.layout
+        families = {f.name: place for place, f in enumerate(layout.families)}
         if self._derived is not None:
-            kinds += ["derived values of items", "derived values of users", *families]
+            kinds += [f"derived values of {of}s" for of in ("item", "user") if layout.keeps(of)] + [*families]
         for number, kind in enumerate(kinds):
             done = 0
             if place is not None:
@@ -201,11 +210,13 @@ class Materializer:
                 write: Callable[[str, np.ndarray, int, bytes], int] = self._write_entities
                 rows = np.arange(1, total + 1)
             elif kind not in self._logs:
-                rows, write = self._derived_rows(kind, end), self._write_values
-                total = len(rows)
+                last_time = since if meta.get("derived") is not None else None
                 if kind in families:
-                    write = self._write_rows
-                    summary.cut_users[kind] = self._num_cut(kind, rows, end)
+                    rows, write = self._users_of_rows(kind, None if is_renewed else last_time, end), self._write_rows
+                    summary.cut_users[kind] = self._num_cut(kind, end)
+                else:
+                    rows, write = self._changed_values(kind, last_time, end), self._write_values
+                total = len(rows)
             else:
                 write = self._write_histories
                 rows = self._logs[kind].users(since, end, everyone=is_renewed)
@@ -214,7 +225,7 @@ class Materializer:
             report(kind, done, total)
             for first in range(done, total, self._chunk):
                 chunk = rows[first : first + self._chunk]
-                state = _json({**run, "kind": number, "done": first + len(chunk)})
+                state = _json({**run, "kind": number, "done": first + len(chunk), "is_torn": is_torn})
                 summary.written[kind] += write(kind, chunk, end, state)
                 report(kind, first + len(chunk), total)
         self._finish(run)
@@ -231,13 +242,11 @@ class Materializer:
 
         self.store.backend.update([META, PROGRESS], finished)
 
-    def _resumed(self, run: dict[str, Any]) -> dict[str, Any] | None:
-        """Where an unfinished run of the same work stopped."""
+    def _unfinished(self) -> dict[str, Any] | None:
+        """Where an unfinished run stopped."""
         (found,) = self.store.backend.get([PROGRESS])
-        if found is None:
-            return None
-        place: dict[str, Any] = json.loads(found)
-        return place if {name: place[name] for name in run} == run else None
+        place: dict[str, Any] | None = None if found is None else json.loads(found)
+        return place
 
     def _table(self, kind: str) -> Table:
         return self._set.items if kind == "items" else self._set.users
@@ -275,45 +284,70 @@ class Materializer:
     def _family(self, kind: str) -> tuple[int, Family]:
         return next((n, f) for n, f in enumerate(self.store.layout.families) if f.name == kind)
 
-    def _derived_rows(self, kind: str, until: int) -> np.ndarray:
-        """Rows of the users or items of which something is to be written."""
-        if kind == "derived values of items":
-            return np.arange(1, self._set.items.num_rows)
-        if kind == "derived values of users":
-            return np.arange(1, self._set.users.num_rows)
-        _, family = self._family(kind)
-        rows = self._rows_of(family)
-        first_of = rows.offsets[:-1]
-        has_any = np.diff(rows.offsets) > 0
-        has_any[has_any] = rows.times[first_of[has_any]] < until
-        has_any[0] = False
-        return np.flatnonzero(has_any)
+    def _changed_values(self, kind: str, since: int | None, until: int) -> np.ndarray:
+        """Rows of the users or items whose numbers are to be written: those that changed, of all without ``since``."""
+        of = _whose(kind)
+        ttl_s = self.store.limits.item_ttl_s if of == "item" else self.store.limits.user_ttl_s
+        is_changed = np.zeros((self._set.items if of == "item" else self._set.users).num_rows, np.bool_)
+        is_changed[1:] = since is None or ttl_s is not None
+        if since is not None and ttl_s is None:
+            before = self._values_at(of, since)
+            for name, column in self._values_at(of, until).items():
+                is_changed[1:] |= differing(before[name], column)[1:]
+        return np.flatnonzero(is_changed)
 
-    def _rows_of(self, family: Family) -> Rows:
+    def _values_at(self, of: str, until: int) -> dict[str, EncodedColumn]:
+        """The numbers of all items, or of all users, as of a time; the latest are kept."""
         assert self._derived is not None
-        if self._rows is None or self._rows[0] != family:
-            self._rows = family, self._derived.rows(family)
-        return self._rows[1]
+        if of not in self._values or self._values[of][0] != until:
+            self._values[of] = until, self._derived.values(of, until)
+        return self._values[of][1]
+
+    def _users_of_rows(self, kind: str, since: int | None, until: int) -> np.ndarray:
+        """Rows of the users whose rows are to be written: those that changed, of all without ``since``."""
+        _, family = self._family(kind)
+        rows, order = self._rows_of(family)
+        if since is None:
+            has_any = np.diff(rows.offsets) > 0
+            has_any[has_any] = rows.times[rows.offsets[:-1][has_any]] < until
+            has_any[0] = False
+            return np.flatnonzero(has_any)
+        changed = order.users(since, until)
+        if family.window_us is not None:
+            changed = np.union1d(changed, order.users(since - family.window_us, until - family.window_us))
+        return changed[changed > 0]
+
+    def _rows_of(self, family: Family) -> tuple[Rows, _Order]:
+        assert self._derived is not None
+        if family not in self._rows:
+            rows = self._derived.rows(family)
+            self._rows[family] = (
+                rows,
+                _Order.of(rows.times, np.repeat(np.arange(len(rows.offsets) - 1), np.diff(rows.offsets))),
+            )
+        return self._rows[family]
 
     def _slices(self, family: Family, users: np.ndarray, until: int) -> tuple[np.ndarray, np.ndarray]:
         """First and last of the rows before a time that a window reaches."""
-        rows = self._rows_of(family)
+        rows, _ = self._rows_of(family)
         low, high = rows.offsets[users], rows.offsets[users + 1]
         last = _first_not_before(rows.times, low, high, until)
         if family.window_us is not None:
             low = _first_not_before(rows.times, low, last, until - family.window_us)
         return low, last
 
-    def _num_cut(self, kind: str, users: np.ndarray, until: int) -> int:
-        low, high = self._slices(self._family(kind)[1], users, until)
+    def _num_cut(self, kind: str, until: int) -> int:
         keep = self.store.limits.keep_rows
-        return 0 if keep is None else int(np.count_nonzero(high - low > keep))
+        if keep is None:
+            return 0
+        low, high = self._slices(self._family(kind)[1], np.arange(1, self._set.users.num_rows), until)
+        return int(np.count_nonzero(high - low > keep))
 
     def _write_rows(self, kind: str, users: np.ndarray, until: int, state: bytes) -> int:
         place, family = self._family(kind)
-        rows = self._rows_of(family)
+        rows, _ = self._rows_of(family)
         first, last = self._slices(family, users, until)
-        # Before each user's rows the mark: since when all are there.
+        # Before each user's rows the mark: since when all are there, which is just after the newest that is not.
         lengths = last - first + 1
         offsets = offsets_of(lengths)
         mark = offsets[:-1]
@@ -321,7 +355,7 @@ class Materializer:
         is_row[mark] = False
         places = ranges(first, last - first)
         times = np.empty(len(is_row), np.int64)
-        times[mark] = 0 if family.window_us is None else max(until - family.window_us, 0)
+        times[mark] = np.where(first > rows.offsets[users], rows.times[first - 1] + 1, 0)
         times[is_row] = rows.times[places]
         columns: dict[str, EncodedColumn] = {}
         for name, column in rows.columns.items():
@@ -335,19 +369,25 @@ class Materializer:
         return self._write(names, lambda old: self.store.merged_rows(place, old, logged, until=until), state)
 
     def _write_values(self, kind: str, rows: np.ndarray, until: int, state: bytes) -> int:
-        assert self._derived is not None
-        of = "item" if kind == "derived values of items" else "user"
-        if self._values is None or self._values[:2] != (of, until):
-            self._values = of, until, self._derived.values(of, until)
-        columns: dict[str, EncodedColumn] = {n: take_rows(c, rows) for n, c in self._values[2].items()}
+        of = _whose(kind)
+        columns: dict[str, EncodedColumn] = {n: take_rows(c, rows) for n, c in self._values_at(of, until).items()}
         columns[AS_OF] = np.full(len(rows), until)
         table = self._set.items if of == "item" else self._set.users
         assert table.keys is not None
-        keys = table.keys.slice(int(rows[0]), len(rows))
         prefix = ITEM_VALUES if of == "item" else USER_VALUES
-        names = self.store.claim(f"{of}_id", keys, prefix)
+        names = self.store.claim(f"{of}_id", table.keys.take(rows), prefix)
         values = self.store.encoded_values(of, columns, len(rows))
-        return self._write(names, lambda _: values, state)
+        time = self.store.layout.time_of_values(of)
+
+        def is_same(old: bytes | None, new: bytes) -> bool:
+            """Whether the numbers are: then they keep the time that they are of."""
+            return old is not None and old[: time.start] == new[: time.start] and old[time.stop :] == new[time.stop :]
+
+        return self._write(
+            names,
+            lambda stored: [old if is_same(old, new) else new for old, new in zip(stored, values, strict=True)],  # type: ignore[misc]
+            state,
+        )
 
     def _write(self, keys: list[bytes], values: Callable[[list[bytes | None]], list[bytes]], state: bytes) -> int:
         """Writes what differs, and the state with it; returns how many values those were."""
@@ -364,6 +404,52 @@ class Materializer:
         return num_written
 
 
+def _whose(kind: str) -> str:
+    return "item" if kind == "derived values of items" else "user"
+
+
+def differing(one: EncodedColumn, other: EncodedColumn) -> np.ndarray:
+    """``(n,)`` bool: the rows that are not the same in both columns; missing numbers are the same."""
+    if isinstance(one, Ragged):
+        assert isinstance(other, Ragged)
+        is_differing: np.ndarray = np.diff(one.offsets) != np.diff(other.offsets)
+        alike = np.flatnonzero(~is_differing)
+        lengths = np.diff(one.offsets)[alike]
+        ids = [bag.values[ranges(bag.offsets[:-1][alike], lengths)] for bag in (one, other)]
+        is_differing[np.repeat(alike, lengths)[ids[0] != ids[1]]] = True
+        return is_differing
+    assert isinstance(other, np.ndarray)
+    is_same = one == other
+    if one.dtype.kind == "f":
+        is_same |= np.isnan(one) & np.isnan(other)
+    is_any: np.ndarray = ~is_same.reshape(len(one), -1).all(axis=1)
+    return is_any
+
+
+@dataclass(frozen=True)
+class _Order:
+    """Rows of users in order of time.
+
+    Attributes:
+        times: ``(E,)`` int64, sorted.
+        user: ``(E,)`` int64, row of the user of each.
+    """
+
+    times: np.ndarray
+    user: np.ndarray
+
+    @classmethod
+    def of(cls, times: np.ndarray, user: np.ndarray) -> _Order:
+        """Of ``(E,)`` times and users in any order."""
+        order = np.argsort(times, kind="stable")
+        return cls(times[order], user[order])
+
+    def users(self, since: int, until: int) -> np.ndarray:
+        """Users with rows from a time on, and before another."""
+        first, last = np.searchsorted(self.times, [since, until])
+        return np.unique(self.user[first:last])
+
+
 @dataclass(frozen=True)
 class _Log:
     """An event log, and its events in order of time.
@@ -372,31 +458,26 @@ class _Log:
         times: ``(E,)`` int64, sorted within each user.
         start: ``(U,)`` int64, first event of each row of the users table.
         stop: ``(U,)`` int64, one past the last.
-        sorted_times: ``(E,)`` int64.
-        sorted_users: ``(E,)`` int64, row of the user of each.
+        order: of time.
     """
 
     times: np.ndarray
     start: np.ndarray
     stop: np.ndarray
-    sorted_times: np.ndarray
-    sorted_users: np.ndarray
+    order: _Order
 
     @classmethod
     def open(cls, events: Table, users: Table, history: str) -> _Log:
         times, start, stop = events.array(TIME), users.array(start_column(history)), users.array(end_column(history))
-        order = np.argsort(times, kind="stable")
-        user = np.repeat(np.arange(users.num_rows), stop - start)
-        return cls(times, start, stop, times[order], user[order])
+        return cls(times, start, stop, _Order.of(times, np.repeat(np.arange(users.num_rows), stop - start)))
 
     @property
     def last(self) -> int:
-        return int(self.sorted_times[-1]) if len(self.sorted_times) else -1
+        return int(self.order.times[-1]) if len(self.order.times) else -1
 
     def users(self, since: int | None, until: int, *, everyone: bool) -> np.ndarray:
         """Rows of users with events from ``since`` (None: ever) and before ``until``; the unknown user never."""
-        first = 0 if since is None or everyone else np.searchsorted(self.sorted_times, since)
-        rows = np.unique(self.sorted_users[first : np.searchsorted(self.sorted_times, until)])
+        rows = self.order.users(-1 if since is None or everyone else since, until)
         return rows[rows > 0]
 
     def newest(self, users: np.ndarray, until: int, keep: int) -> tuple[np.ndarray, np.ndarray]:

@@ -19,7 +19,7 @@ from recsys.schema import Schema
 from recsys.windows import in_units
 
 if TYPE_CHECKING:
-    from feature_store.online.store import Event
+    from feature_store.online.pushing import Event
 
 TYPES: dict[str, Any] = {
     str(kind): kind

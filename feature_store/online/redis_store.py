@@ -24,7 +24,7 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from feature_store.online.codec import NEVER, expiry_of
-from feature_store.online.store import Change
+from feature_store.online.key_values import Change
 from recsys.errors import ConfigError, UnavailableError
 
 NAMESPACE = "recsys"
@@ -51,7 +51,7 @@ return 1
 
 
 class Redis:
-    """A :class:`~feature_store.online.store.KeyValues` on a server.
+    """A :class:`~feature_store.online.key_values.KeyValues` on a server.
 
     Args:
         url: ``redis://host:port/db``, ``rediss://`` or ``unix://``; ``?namespace=NAME`` begins every key.
@@ -86,14 +86,14 @@ class Redis:
             self._client.ping()
 
     def get(self, keys: Sequence[bytes]) -> list[bytes | None]:
-        """See :class:`~feature_store.online.store.KeyValues`. One round trip."""
+        """See :class:`~feature_store.online.key_values.KeyValues`. One round trip."""
         if not keys:
             return []
         with self._reported():
             return cast("list[bytes | None]", self._client.mget([self._prefix + key for key in keys]))
 
     def update(self, keys: Sequence[bytes], change: Change) -> None:
-        """See :class:`~feature_store.online.store.KeyValues`. Computed again while others write the same keys."""
+        """See :class:`~feature_store.online.key_values.KeyValues`. Computed again while others write the same keys."""
         if not keys:
             return
         full = [self._prefix + key for key in keys]
@@ -112,7 +112,7 @@ class Redis:
         )
 
     def scan(self, prefix: bytes) -> Iterator[tuple[bytes, bytes]]:
-        """See :class:`~feature_store.online.store.KeyValues`. A key may be given twice, as Redis does."""
+        """See :class:`~feature_store.online.key_values.KeyValues`. A key may be given twice, as Redis does."""
         pattern = b"".join(b"\\" + bytes([c]) if c in b"*?[]\\^-" else bytes([c]) for c in self._prefix + prefix) + b"*"
         cursor = 0
         while True:

@@ -23,23 +23,19 @@ from __future__ import annotations
 
 import json
 import time as clock
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from hashlib import blake2b
-from typing import Any, NamedTuple, Protocol, cast
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 from pydantic import Field
 
-from feature_store.online.codec import NEVER, Codec, Decoded, concatenated, expiry_of, ranges, refused, take_rows
+from feature_store.online.codec import NEVER, Codec, expiry_of, refused
 from feature_store.online.derived import (
     ITEM_VALUES,
-    KNOWN,
     USER_VALUES,
     DerivedColumns,
     DerivedRead,
-    Family,
     Kept,
     Layout,
     Rows,
@@ -47,56 +43,20 @@ from feature_store.online.derived import (
     code_of,
     counts_column,
     derived_columns,
-    units_column,
 )
+from feature_store.online.key_values import KeyValues
+from feature_store.online.keys import ITEM, META, USER, WORDS, Key, prefixed, stored_keys
+from feature_store.online.merging import merged_events, merged_rows
+from feature_store.online.pushing import Event, Pushed, event_columns, histories_of, row_of
+from feature_store.online.reading import Entities, Events, Read, live, live_columns
 from recsys.config import Config
-from recsys.encoding.columns import Array, IntKeys, NoKeys, as_keys, offsets_of
+from recsys.encoding.columns import Array, offsets_of
 from recsys.encoding.encoder import EncodedColumn, Encoder, Ragged
-from recsys.errors import ArtifactError, ConfigError, DataError, EncodingError, IntegrityError, nearest
-from recsys.schema import Categorical, DayOfWeek, HourOfDay, Schema
+from recsys.errors import ArtifactError, ConfigError, EncodingError, IntegrityError
+from recsys.schema import Schema
 
 FORMAT = "recsys.online"
 FORMAT_VERSION = 1
-MAX_TIME = 7_258_118_400_000_000
-"""2200-01-01 in UTC microseconds; times lie before it, as in training."""
-
-META = b"m"
-"""Key of what the store says about itself."""
-USER = b"u"
-"""What the keys of users begin with."""
-ITEM = b"i"
-"""What the keys of items begin with."""
-_LONGEST_KEY = 400
-_NO_KEY = b"-"
-"""Asked for in place of a null key; nothing is stored there."""
-
-Key = int | str
-Change = Callable[[list[bytes | None]], Sequence[bytes | None]]
-"""From the values of keys to their new ones; None leaves a key as it is, no bytes remove it. May be called again."""
-
-
-class KeyValues(Protocol):
-    """Bytes by key. Safe to call from several threads, and from several processes at once."""
-
-    def get(self, keys: Sequence[bytes]) -> list[bytes | None]:
-        """The value of each key, as of one moment; None where there is none.
-
-        Raises:
-            UnavailableError: the store does not answer.
-        """
-
-    def update(self, keys: Sequence[bytes], change: Change) -> None:
-        """Changes the values of some keys together: all or none, and nothing in between is lost.
-
-        Raises:
-            UnavailableError: the store does not answer, or cannot take the values.
-        """
-
-    def scan(self, prefix: bytes) -> Iterator[tuple[bytes, bytes]]:
-        """Keys and values under a prefix, in any order; keys that change meanwhile may be given or not."""
-
-    def close(self) -> None:
-        """Lets go of files and connections."""
 
 
 class Limits(Config):
@@ -110,67 +70,6 @@ class Limits(Config):
     )
     user_ttl_s: float | None = Field(None, gt=0, description="users and their histories expire so long after a write")
     item_ttl_s: float | None = Field(None, gt=0, description="items expire so long after a write")
-
-
-@dataclass(frozen=True)
-class Event:
-    """One event as it happens.
-
-    Attributes:
-        user: key.
-        item: key.
-        time: UTC microseconds.
-        type: decides which histories it belongs to; None where the events view has no types.
-        values: raw values by source column, of event features and of the item; these override what is stored of it.
-    """
-
-    user: Key
-    item: Key
-    time: int
-    type: str | None = None
-    values: Mapping[str, Any] = field(default_factory=dict)
-
-
-class Entities(NamedTuple):
-    """Encoded features of n users or items.
-
-    Attributes:
-        columns: n rows each, by feature; unknown values where nothing is stored.
-        is_known: ``(n,)`` bool.
-    """
-
-    columns: dict[str, EncodedColumn]
-    is_known: np.ndarray
-
-
-class Events(NamedTuple):
-    """Stored events of R users, oldest first.
-
-    Attributes:
-        offsets: ``(R + 1,)`` int64.
-        times: ``(S,)`` int64, UTC microseconds.
-        columns: S rows each: the history's attributes and event features.
-    """
-
-    offsets: np.ndarray
-    times: np.ndarray
-    columns: dict[str, EncodedColumn]
-
-
-class Read(NamedTuple):
-    """What one call of :meth:`OnlineStore.read` found.
-
-    Attributes:
-        users: of R keys.
-        items: of N keys.
-        histories: all stored events of R users, by history; not yet cut at a time.
-        derived: what derived values are computed of; None if the schema has none.
-    """
-
-    users: Entities
-    items: Entities
-    histories: dict[str, Events]
-    derived: DerivedRead | None = None
 
 
 class OnlineStore:
@@ -296,15 +195,15 @@ class OnlineStore:
     def request_keys(self, users: Array, items: Array, histories: Sequence[str] | None = None) -> list[bytes]:
         """Keys of all that :meth:`read` reads: users, their histories one by one, items, then derived values."""
         user_keys = self._checked_keys(users, "user_id")
-        asked = _prefixed(USER, user_keys)
+        asked = prefixed(USER, user_keys)
         for name in self._histories if histories is None else histories:
-            asked += _prefixed(self._places[name], user_keys)
+            asked += prefixed(self._places[name], user_keys)
         asked += self._item_keys(items)
         if self.layout.is_empty:
             return asked
         asked += self._checked_keys(items, "item_id", ITEM_VALUES)
         for place in (USER_VALUES, *self._row_places):
-            asked += _prefixed(place, user_keys)
+            asked += prefixed(place, user_keys)
         return asked
 
     def derived(self, users: Array, items: Array, time: np.ndarray, request_of_row: np.ndarray) -> DerivedColumns:
@@ -336,14 +235,14 @@ class OnlineStore:
         starts = range(len(item_keys), len(found), num_users or 1)
         parts = [found[: len(item_keys)], *(found[first : first + num_users] for first in starts)]
         return DerivedRead(
-            Kept(*_columns(items, parts[0], now)),
-            Kept(*_columns(users, parts[1] if num_users else [], now)),
+            Kept(*live_columns(items, parts[0], now)),
+            Kept(*live_columns(users, parts[1] if num_users else [], now)),
             [self._rows(place, parts[2 + place] if num_users else [], now) for place in range(len(rows))],
             item_keys,
         )
 
     def _rows(self, place: int, found: Sequence[bytes | None], now: int) -> Rows:
-        decoded, is_known = _live(self.layout.codecs[2][place], found, now)
+        decoded, is_known = live(self.layout.codecs[2][place], found, now)
         lengths = np.zeros(len(found), np.int64)
         lengths[is_known] = np.diff(decoded.offsets)
         return Rows(offsets_of(lengths), decoded.times, decoded.columns)
@@ -362,9 +261,9 @@ class OnlineStore:
         return self._events(name, self.backend.get(keys), self._now())
 
     def _entities(self, codec: Codec, found: Sequence[bytes | None], now: int) -> Entities:
-        decoded, is_known = _live(codec, found, now)
+        decoded, is_known = live(codec, found, now)
         columns = decoded.columns
-        if is_known.all():
+        if len(decoded.expires) == len(found):
             return Entities(columns, is_known)
         return Entities({f: self._spread(f, columns[f], is_known) for f in codec.features}, is_known)
 
@@ -382,9 +281,9 @@ class OnlineStore:
 
     def _events(self, name: str, found: Sequence[bytes | None], now: int) -> Events:
         codec = self._histories[name]
-        decoded, is_known = _live(codec, found, now)
+        decoded, is_known = live(codec, found, now)
         offsets = decoded.offsets
-        if not is_known.all():
+        if len(decoded.expires) < len(found):
             lengths = np.zeros(len(found), np.int64)
             lengths[is_known] = np.diff(offsets)
             offsets = offsets_of(lengths)
@@ -439,50 +338,32 @@ class OnlineStore:
             since: of what is stored, events before this time are replaced by ``events``; None keeps them all.
         """
         old = self._events(name, stored, self._now())
-        if since is not None and len(old.times):
-            old = _chosen(old, old.times >= since)
-        if len(old.times):
-            users = [np.repeat(np.arange(len(stored)), np.diff(e.offsets)) for e in (old, events)]
-            user, times = np.concatenate(users), np.concatenate([old.times, events.times])
-            # Equal times: the log before what arrived later; of pushes, in the order of arrival.
-            came = np.concatenate(
-                [np.full(len(old.times), int(since is not None)), np.full(len(events.times), int(since is None))]
-            )
-            order = np.lexsort((came, times, user))
-            columns = {f: take_rows(concatenated([old.columns[f], c]), order) for f, c in events.columns.items()}
-            lengths = np.diff(old.offsets) + np.diff(events.offsets)
-            events = Events(offsets_of(lengths), times[order], columns)
-        lengths = np.diff(events.offsets)
-        kept = np.minimum(lengths, self.keep(name))
-        if (kept < lengths).any():
-            rows = ranges(events.offsets[1:] - kept, kept)
-            columns = {f: take_rows(c, rows) for f, c in events.columns.items()}
-            events = Events(offsets_of(kept), events.times[rows], columns)
+        kept = merged_events(old, events, since=since, keep=self.keep(name))
         expires = self._expiry(self.limits.user_ttl_s)
-        return self._histories[name].encode(events.columns, events.offsets, events.times, expires=expires)
+        return self._histories[name].encode(kept.columns, kept.offsets, kept.times, expires=expires)
 
-    def push(self, event: Event) -> list[str]:
-        """Adds one event to the histories that it belongs to; the next read sees it.
+    def push(self, event: Event) -> Pushed:
+        """Adds one event to the histories and to the derived values that it belongs to; the next read sees it.
 
         An event that comes late is put in its place. Each push is one event: two equal ones are both kept, as in the
         log. Materialising a log that reaches past the event's time replaces it by what the log says.
 
         Returns:
-            Names of these histories; empty if its type is in none.
+            Which these are; none of either if nothing has changed.
 
         Raises:
             DataError: time, type or a column is not one that the schema can take.
             EncodingError: a value cannot be encoded.
             UnavailableError: the store does not answer; whether the event was added is not known.
         """
-        names = self._histories_of(event)
+        names = histories_of(self.schema, event)
         places = [n for n, family in enumerate(self.layout.families) if family.source == "events"]
-        pushed = [(n, self._row_of(self.layout.families[n], event)) for n in places]
+        pushed = [(n, row_of(self, self.layout.families[n], event)) for n in places]
         pushed = [(n, row) for n, row in pushed if row is not None]
         if not names and not pushed:
-            return []
+            return Pushed([], [])
         (user,) = self.claim("user_id", pa.array([event.user]))
-        rows = self._event_columns(event, names) if names else {}
+        rows = event_columns(self, event, names) if names else {}
         added = {
             name: Events(np.array([0, 1]), np.array([event.time]), {f: rows[f] for f in self._histories[name].features})
             for name in names
@@ -500,7 +381,13 @@ class OnlineStore:
 
         keys = [self._places[name] + user for name in names] + [self._row_places[n] + user for n, _ in pushed]
         self.backend.update(keys, change)
-        return names
+        return Pushed(names, [name for place, row in pushed for name in self._counted(place, row)])
+
+    def _counted(self, place: int, row: Rows | None) -> list[str]:
+        """Names of the values that an event counts for."""
+        assert row is not None
+        specs = self.layout.families[place].specs
+        return [spec.name for spec in specs if row.columns[counts_column(spec.name)][-1]]
 
     def merged_rows(self, place: int, stored: Sequence[bytes | None], rows: Rows, *, until: int | None) -> list[bytes]:
         """The values of V users' rows after more of them.
@@ -511,130 +398,32 @@ class OnlineStore:
             rows: of V users, each beginning with the record that says since when all are there.
             until: of what is stored, rows before this time are replaced; None keeps them all.
         """
-        codec = self.layout.codecs[2][place]
         old = self._rows(place, stored, self._now())
-        first = old.offsets[:-1][np.diff(old.offsets) > 0]
-        is_mark = np.zeros(len(old.times), np.bool_)
-        is_mark[first] = True
-        is_kept = ~is_mark if until is None else ~is_mark & (old.times >= until)
-        old_user = np.repeat(np.arange(len(stored)), np.diff(old.offsets))
-        user = np.repeat(np.arange(len(stored)), np.diff(rows.offsets))
-        since = rows.times[rows.offsets[:-1]].copy()
-        # A mark at or after ``until`` says that newer rows were evicted: it holds for what replaces older ones, too.
-        is_held = is_mark if until is None else is_mark & (old.times >= until)
-        since[old_user[is_held]] = old.times[is_held]
-        users, times = np.concatenate([old_user[is_kept], user]), np.concatenate([old.times[is_kept], rows.times])
-        columns = {n: np.concatenate([c[is_kept], rows.columns[n]]) for n, c in old.columns.items()}
-        is_new_mark = np.zeros(len(times), np.bool_)
-        is_new_mark[len(times) - len(rows.times) + rows.offsets[:-1]] = True
-        times[is_new_mark] = since
-        order = np.lexsort((times, ~is_new_mark, users))
-        # Late ones from before that time would not be alone: others of then are gone.
-        order = order[times[order] >= since[users[order]]]
-        users, times = users[order], times[order]
-        offsets = np.searchsorted(users, np.arange(len(stored) + 1))
-        kept = np.minimum(np.diff(offsets), 1 + (self.limits.keep_rows or 2**62))
-        is_cut = kept < np.diff(offsets)
-        if is_cut.any():
-            # The mark moves to just after the newest row that goes.
-            place_of = ranges(offsets[1:] - kept + 1, kept - 1)
-            marks = offsets[:-1]
-            times[marks[is_cut]] = times[(offsets[1:] - kept)[is_cut]] + 1
-            chosen = np.sort(np.concatenate([marks, place_of]))
-            chosen = chosen[(times >= times[marks][users])[chosen]]
-            order, users, times = order[chosen], users[chosen], times[chosen]
-            offsets = np.searchsorted(users, np.arange(len(stored) + 1))
+        kept = merged_rows(old, rows, until=until, keep=self.limits.keep_rows)
         expires = self._expiry(self.limits.user_ttl_s)
-        return codec.encode({n: c[order] for n, c in columns.items()}, offsets, times, expires=expires)
+        return self.layout.codecs[2][place].encode(kept.columns, kept.offsets, kept.times, expires=expires)
 
-    def _row_of(self, family: Family, event: Event) -> Rows | None:
-        """What an event adds to derived values, after the mark of a user without rows; None if it counts for none."""
-        from feature_store.online.pushed import counted_event
+    def item_codes(self, item: Key, names: Sequence[str]) -> dict[str, int]:
+        """The codes by which rows of an item are grouped, as the store has them; -1 for an attribute that is missing.
 
-        counted = [counted_event(spec, self.schema, event, self.meta) for spec in family.specs]
-        if not any(is_counted for is_counted, _ in counted):
-            return None
-        columns = {name: np.zeros(2, np.dtype(kind)) for name, kind in family.numbers.items()}
-        for spec, (is_counted, units) in zip(family.specs, counted, strict=True):
-            columns[counts_column(spec.name)][1] = is_counted
-            if units is not None:
-                columns[units_column(spec.name)][1] = units
-        if family.created is not None:
-            known = event.values.get(family.created)
-            if isinstance(known, bool) or not isinstance(known, int):
-                raise DataError(
-                    f"{family.created!r} must be given in UTC microseconds: derived values count an event from then on"
-                )
-            columns[KNOWN][1] = known
-        if family.codes:
-            (key,) = self._checked_keys(pa.array([event.item]), "item_id")
-            (found,) = self.backend.get([ITEM_VALUES + key])
-            stored, is_known = _columns(self.layout.codecs[0], [found], self._now())
-            for name in family.codes:
-                own = code_of(key) if name == "item" else -1
-                code = stored[code_column(name)]
-                assert isinstance(code, np.ndarray)
-                columns[code_column(name)][:] = -1, code[0] if is_known[0] else own
-        return Rows(np.array([0, 2]), np.array([0, event.time]), columns)
+        Args:
+            item: key.
+            names: ``"item"``, or attributes.
+        """
+        (key,) = self._checked_keys(pa.array([item]), "item_id")
+        stored, is_known = live_columns(self.layout.codecs[0], self.backend.get([ITEM_VALUES + key]), self._now())
+        if not is_known[0]:
+            return {name: code_of(key) if name == "item" else -1 for name in names}
+        return {name: int(stored[code_column(name)][0]) for name in names}
 
-    def _histories_of(self, event: Event) -> list[str]:
-        if not 0 <= event.time < MAX_TIME:
-            raise DataError("time must lie between 1970 and 2200, in UTC microseconds, got another")
-        typed = [h for h in self.schema.histories if h.event_types is not None]
-        if typed and event.type is None:
-            assert self.schema.views.events is not None
-            raise DataError(
-                f"type must be given, history {typed[0].name!r} takes only some",
-                hint=f"it is the column {self.schema.views.events.type!r} of the events view",
-            )
-        return [h.name for h in self.schema.histories if h.event_types is None or event.type in h.event_types]
+    def features_of(self, history: str) -> tuple[str, ...]:
+        """Attributes and event features of a history, as they are stored."""
+        return self._histories[history].features
 
-    def _event_columns(self, event: Event, histories: Sequence[str]) -> dict[str, EncodedColumn]:
-        """Encoded attributes and event features of one event, one row each."""
-        specs = {f: self.schema.feature(f) for h in histories for f in self._histories[h].features}
-        known = {s.source_column for h in self._histories.values() for s in map(self.schema.feature, h.features)}
-        known |= self._derived_columns()
-        for column in event.values:
-            if column not in known:
-                raise DataError(f"{column!r} must be a column that a history reads", hint=nearest(column, known))
-        item = self.items(pa.array([event.item]))
-        views = self.schema.views
-        assert views.events is not None
-        key_column = views.items.key if views.items else views.impressions.item
-        columns: dict[str, EncodedColumn] = {}
-        for name, feature in specs.items():
-            column = feature.source_column
-            if column in event.values:
-                columns[name] = self._encoded(name, event.values[column])
-            elif feature.scope == "event" and column == views.events.time and self._reads_instant(name):
-                columns[name] = self.encoder.encode(name, pa.array([event.time]))
-            elif feature.scope == "event" and column in (views.events.user, views.events.item, views.events.type):
-                own = {views.events.user: event.user, views.events.item: event.item, views.events.type: event.type}
-                columns[name] = self._encoded(name, own[column])
-            elif feature.scope == "event":
-                columns[name] = self.encoder.unknown_column(name, 1)
-            elif column == key_column and not item.is_known[0]:
-                columns[name] = self._encoded(name, event.item)
-            else:
-                columns[name] = item.columns[name]
-        return columns
-
-    def _derived_columns(self) -> set[str]:
+    def derived_columns(self) -> set[str]:
         """Columns of the events that derived values read."""
         read = set((self._meta.get("derived") or {}).get("columns", {}))
         return read | {f.created for f in self.layout.families if f.created is not None}
-
-    def _reads_instant(self, feature: str) -> bool:
-        spec = self.schema.feature(feature)
-        if not isinstance(spec, Categorical):
-            return False
-        return isinstance(self.schema.table_encoders[spec.table_name], (HourOfDay, DayOfWeek))
-
-    def _encoded(self, feature: str, value: Any) -> EncodedColumn:
-        try:
-            return self.encoder.encode(feature, pa.array([value]))
-        except pa.ArrowException as err:
-            raise EncodingError(f"feature {feature!r} must be given a value that fits it, got another type") from err
 
     def _expiry(self, ttl_s: float | None) -> int:
         return NEVER if ttl_s is None else self._now() + round(ttl_s * 1e6)
@@ -675,7 +464,7 @@ class OnlineStore:
             if expected is None:  # perhaps written since this store was opened
                 expected = self._meta["key_types"][which] = self.meta()["key_types"][which]
             if expected is not None and kind != expected:
-                raise EncodingError(f"{which} must hold {_WORDS[expected]}, as when they were stored")
+                raise EncodingError(f"{which} must hold {WORDS[expected]}, as when they were stored")
         return names
 
     def claim(self, which: str, keys: Array, prefix: bytes = b"") -> list[bytes]:
@@ -694,7 +483,7 @@ class OnlineStore:
         if kind is not None and self._meta["key_types"][which] is None:
             self.change_meta(lambda meta: meta["key_types"].update({which: meta["key_types"][which] or kind}))
         if kind is not None and self._meta["key_types"][which] != kind:
-            raise EncodingError(f"{which} must hold {_WORDS[self._meta['key_types'][which]]}, as when they were stored")
+            raise EncodingError(f"{which} must hold {WORDS[self._meta['key_types'][which]]}, as when they were stored")
         return names
 
     # What the store says about itself
@@ -717,105 +506,6 @@ class OnlineStore:
     def close(self) -> None:
         """Lets go of files and connections."""
         self.backend.close()
-
-
-def cut(events: Events, before: np.ndarray, max_length: int) -> Events:
-    """The newest events of each user strictly before a time.
-
-    Args:
-        events: of R users.
-        before: ``(R,)`` int64, UTC microseconds.
-        max_length: of each history.
-    """
-    if len(before) == 1:
-        last = int(np.searchsorted(events.times, before[0]))
-        only = slice(max(last - max_length, 0), last)
-        columns = {f: _sliced(c, only) for f, c in events.columns.items()}
-        return Events(np.array([0, only.stop - only.start]), events.times[only], columns)
-    first, lengths = events.offsets[:-1], np.diff(events.offsets)
-    is_past = events.times < np.repeat(before, lengths)
-    past = np.diff(
-        offsets_of(is_past.astype(np.int64))[events.offsets]
-    )  # each user's events are sorted: the past ones come first
-    if (past == lengths).all() and (lengths <= max_length).all():
-        return events
-    kept = np.minimum(past, max_length)
-    rows = ranges(first + past - kept, kept)
-    columns = {f: take_rows(c, rows) for f, c in events.columns.items()}
-    return Events(offsets_of(kept), events.times[rows], columns)
-
-
-def _sliced(column: EncodedColumn, rows: slice) -> EncodedColumn:
-    if not isinstance(column, Ragged):
-        return column[rows]
-    offsets = column.offsets[rows.start : rows.stop + 1]
-    return Ragged(column.values[offsets[0] : offsets[-1]], offsets - offsets[0])
-
-
-def _chosen(events: Events, is_chosen: np.ndarray) -> Events:
-    rows = np.flatnonzero(is_chosen)
-    offsets = offsets_of(is_chosen.astype(np.int64))[events.offsets]
-    return Events(offsets, events.times[rows], {f: take_rows(c, rows) for f, c in events.columns.items()})
-
-
-def _live(codec: Codec, found: Sequence[bytes | None], now: int) -> tuple[Decoded, np.ndarray]:
-    """The values that are there and have not expired, decoded, and which those are."""
-    values = cast("Sequence[bytes]", found)
-    try:
-        # Joining bytes is how it is noticed that some are missing: looking for them costs as much again.
-        decoded, is_known = codec.decode(values), np.ones(len(found), np.bool_)
-    except TypeError:
-        is_known = np.fromiter((value is not None for value in found), np.bool_, len(found))
-        values = [value for value in found if value is not None]
-        decoded = codec.decode(values)
-    is_live = decoded.expires > now
-    if not is_live.all():
-        is_known[is_known] = is_live
-        decoded = codec.decode([value for value, live in zip(values, is_live.tolist(), strict=True) if live])
-    return decoded, is_known
-
-
-def _columns(codec: Codec, found: Sequence[bytes | None], now: int) -> tuple[Mapping[str, EncodedColumn], np.ndarray]:
-    decoded, is_known = _live(codec, found, now)
-    return decoded.columns, is_known
-
-
-_WORDS = {"integer": "integers", "text": "text"}
-
-
-def stored_keys(keys: Array, which: str, prefix: bytes) -> tuple[list[bytes], str | None]:
-    """Stored form of keys, and their type: 8 bytes for an integer; for text, its bytes or their hash."""
-    parsed = as_keys(keys, where=which)
-    if isinstance(parsed, NoKeys):
-        return [_NO_KEY] * parsed.length, None
-    if isinstance(parsed, IntKeys):
-        # After a letter that no text begins with.
-        head = prefix + b"n"
-        stored = np.empty(len(parsed.values), [("head", f"V{len(head)}"), ("key", ">i8")])
-        stored["head"] = np.void(head)
-        stored["key"] = parsed.values
-        names: list[bytes] = stored.view(f"V{len(head) + 8}").tolist()
-        if parsed.valid is not None:
-            names = [n if v else _NO_KEY for n, v in zip(names, parsed.valid.tolist(), strict=True)]
-        return names, "integer" if parsed.valid is None or parsed.valid.any() else None
-    texts = (
-        parsed.values
-        if parsed.codes is None
-        else parsed.values.take(pa.array(parsed.codes, mask=np.asarray(parsed.codes) < 0))
-    )
-    names = [_NO_KEY if text is None else prefix + _stored_text(text) for text in texts.to_pylist()]
-    return names, "text" if texts.null_count < len(texts) else None
-
-
-def _stored_text(text: str) -> bytes:
-    content = text.encode()
-    if len(content) <= _LONGEST_KEY:
-        return b"t" + content
-    return b"#" + blake2b(content, digest_size=32).digest()
-
-
-def _prefixed(prefix: bytes, keys: Sequence[bytes]) -> list[bytes]:
-    return [prefix + key for key in keys]
 
 
 def _json_bytes(value: Any) -> bytes:

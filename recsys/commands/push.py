@@ -23,10 +23,11 @@ def push(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Add events to users' histories: the next request sees them.
+    """Add events to users' histories and derived values: the next request sees them.
 
     An event names its user, item, time (now if not given) and type by the columns of the events view, and may give raw
-    values of the columns that the histories read. Without EVENT, one JSON object a line is read from stdin.
+    values of the columns that histories and derived values read. Without EVENT, one JSON object a line is read from
+    stdin.
 
     \b
     Example:
@@ -43,26 +44,30 @@ def push(
 
     online = OnlineStore(open_backend(store, is_writable=True), Encoder.load(model / "encoder"))
     pushed: dict[str, int] = {history.name: 0 for history in online.schema.histories}
-    num_events = num_ignored = 0
+    num_events = num_derived_only = num_unused = 0
     try:
         for number, line in enumerate(events or sys.stdin, start=1):
             if not line.strip():
                 continue
             try:
-                histories = online.push(_event(line, online))
+                histories, derived = online.push(_event(line, online))
             except DataError as err:
                 raise type(err)(f"event {number}: {err.message}", hint=err.hint) from err
             num_events += 1
-            num_ignored += not histories
+            num_derived_only += bool(derived) and not histories
+            num_unused += not derived and not histories
             for name in histories:
                 pushed[name] += 1
     finally:
         online.close()
     if as_json:
-        print_json({"store": store, "events": num_events, "in_no_history": num_ignored, "pushed": pushed})
+        counts = {"events": num_events, "fed_derived_values_only": num_derived_only, "changed_nothing": num_unused}
+        print_json({"store": store, **counts, "pushed": pushed})
         return
     facts: dict[str, Any] = {f"{name} events": n for name, n in pushed.items()}
-    print_facts(store, {"events": num_events, **facts, "of a type in no history": num_ignored})
+    if online.schema.derived:
+        facts["feed derived values only"] = num_derived_only
+    print_facts(store, {"events": num_events, **facts, "in no history, change nothing": num_unused})
 
 
 def _event(line: str, online: Any) -> Any:
@@ -70,7 +75,7 @@ def _event(line: str, online: Any) -> Any:
     import json
     import time
 
-    from feature_store.online.store import Event
+    from feature_store.online.pushing import Event
     from recsys.errors import DataError
 
     try:

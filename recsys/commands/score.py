@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from recsys.commands.options import ArtifactArgument, Features, Json, TrackingUri
+
+if TYPE_CHECKING:
+    from feature_store.lookup import DerivedLookup
 
 
 def score(
@@ -17,15 +22,27 @@ def score(
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="What to write: the input with probabilities.")],
     features: Features = None,
+    views: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Views to compute derived values from, each as it was known at its row's time: what the paths of the "
+            "schema are relative to, as data.views of the experiment.",
+        ),
+    ] = None,
     tracking_uri: TrackingUri = None,
     as_json: Json = False,
 ) -> None:
     """Score a Parquet file of impressions.
 
+    Derived values that are no columns of the file come from the online store of --features, or are computed from
+    --views as the build computes them. Rows of the file count for no value, unless the views hold them.
+
     \b
     Example:
         recsys score artifacts/din --input tomorrow.parquet --output scored.parquet
         recsys score models:/ranker@champion --input tomorrow.parquet --output scored.parquet
+        recsys score artifacts/din_derived --input tomorrow.parquet --output scored.parquet --views data/views
     """  # noqa: D301
     from dataclasses import asdict
 
@@ -40,7 +57,8 @@ def score(
     from serving.loader import locate
 
     found = locate(artifact, tracking_uri=tracking_uri)
-    summary = score_parquet(found.folder, input_path, output, features=features, progress=True)
+    with _derived(views, found.folder) as derived:
+        summary = score_parquet(found.folder, input_path, output, features=features, derived=derived, progress=True)
     if as_json:
         print_json(asdict(summary) | {"rows_per_s": summary.rows_per_s})
         return
@@ -54,3 +72,16 @@ def score(
             "speed": f"{summary.rows_per_s:,.0f} rows/s",
         },
     )
+
+
+@contextmanager
+def _derived(views: str | None, artifact: Path) -> Iterator[DerivedLookup | None]:
+    """What computes derived values; None where there are no views to do it from."""
+    if views is None:
+        yield None
+        return
+    from feature_store.lookup import derived_lookup
+    from recsys.encoding import Encoder
+
+    with derived_lookup(views, Encoder.load(artifact / "encoder")) as lookup:
+        yield lookup

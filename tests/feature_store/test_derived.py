@@ -19,7 +19,16 @@ from recsys.errors import ConfigError, SchemaError, SourceError
 from recsys.schema import Schema
 from recsys.training_set import TrainingSet
 from tests.feature_store.derived_views import DERIVED, NUMBERS, VERSIONS, expected, make, mapping, schema, stored
-from tests.feature_store.small_views import DAY, START, build, config, same_sets, write_views
+from tests.feature_store.small_views import (
+    DAY,
+    START,
+    build,
+    config,
+    make_schema,
+    make_views,
+    same_sets,
+    write_views,
+)
 from tests.feature_store.test_leaks import tamper
 
 
@@ -50,6 +59,17 @@ def test_every_value_equals_its_loops(tmp_path: Path, case: str) -> None:
     assert stored(training_set, "shade") == {row: ids[v["shade"]] for row, v in truth.items()}
     buckets = {row: 2 + int(np.log2(1 + v["user_events"])) for row, v in truth.items()}
     assert stored(training_set, "activity") == {row: min(b, 9) for row, b in buckets.items()}
+
+
+def test_an_expression_of_literals_keeps_the_order_of_rows(tmp_path: Path) -> None:
+    """Of many row groups, which Polars would read in any order if it took the order not to matter."""
+    views = make_views(num_events=20_000)
+    write_views(tmp_path / "views", views)
+    views["events"].write_parquet(tmp_path / "views" / "events.parquet", row_group_size=1000)
+    opened = Views(make_schema(), tmp_path / "views", staging=tmp_path / "staging", max_quarantined_fraction=0.0)
+    wanted = pl.Series("value", [3 if kind == "like" else 1 for kind in views["events"]["type"]], dtype=pl.Int32)
+    for _ in range(40):
+        assert opened.computed("events", "CASE WHEN type = 'like' THEN 3 ELSE 1 END", "test").equals(wanted)
 
 
 def test_missing_values_are_missing_not_zero(tmp_path: Path) -> None:

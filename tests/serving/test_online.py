@@ -14,7 +14,8 @@ from typer.testing import CliRunner
 
 from feature_store.online.location import open_backend
 from feature_store.online.materialize import materialize
-from feature_store.online.store import Event, Limits, OnlineStore
+from feature_store.online.pushing import Event
+from feature_store.online.store import Limits, OnlineStore
 from recsys.cli import app
 from recsys.errors import ArtifactError, ConfigError, RecsysError, SourceError, UnavailableError
 from recsys.predictor import Predictor
@@ -96,7 +97,7 @@ def test_the_next_request_sees_a_pushed_event_and_none_at_its_own_time(world: Wo
     when = 1_800_000_000_000_000
     request = {"user_id": 424243, "candidates": [item], "time": when + 1}
     before = scorer.rank(request).probabilities
-    assert store.push(Event(424243, item, when, "click", {"dwell": 30})) == ["clicked", "seen"]
+    assert store.push(Event(424243, item, when, "click", {"dwell": 30})).histories == ["clicked", "seen"]
     after = scorer.rank(request).probabilities
     assert not np.array_equal(before, after)
     event = {"item_id": item, "time": when, "dwell": 30}
@@ -166,7 +167,8 @@ def test_the_commands(world: World, location: str, run: Callable[..., Any]) -> N
     lines = "\n".join(json.dumps({**event, "type": kind}) for kind in ("view", "view")) + "\n\n"
     done = run("push", location, "-m", folder, "--json", input=lines)
     assert json.loads(done.stdout) == {
-        "store": location, "events": 2, "in_no_history": 0, "pushed": {"clicked": 0, "seen": 2}
+        "store": location, "events": 2, "fed_derived_values_only": 0, "changed_nothing": 0,
+        "pushed": {"clicked": 0, "seen": 2},
     }  # fmt: skip
     features = OnlineFeatures.open(location, world.training_set.encoder)
     when = np.array([2_000_000_000_000_000])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ from typer.testing import CliRunner
 
 from feature_store.online.location import open_backend
 from feature_store.online.materialize import Materializer, Summary
-from feature_store.online.store import Event, Limits, OnlineStore
+from feature_store.online.pushing import Event
+from feature_store.online.store import Limits, OnlineStore
 from feature_store.snapshot import training_set_views, view_snapshot
 from recsys.batch import Bags, Batch
 from recsys.cli import app
@@ -26,7 +28,7 @@ from serving.assembler import Assembler
 from serving.online_features import OnlineFeatures
 from serving.request import RequestParser
 from tests.feature_store.derived_views import CONTEXT, DERIVED, make, mapping
-from tests.feature_store.small_views import DAY, START, build, config, write_views
+from tests.feature_store.small_views import DAY, START, build, config, schema_mapping, write_views
 from tests.redis_server import redis_server
 
 MORE: list[dict[str, Any]] = [
@@ -132,6 +134,45 @@ def test_online_is_offline_at_the_time_of_materialising(built: TrainingSet, loca
             stored = Batch.from_training_set(built, split, np.array([number]))
             assert_equal(assemble(store, body_of(built, split, number)), stored, names)
     assert len(chosen) > 8
+    store.close()
+
+
+def test_only_what_has_changed_is_written(built: TrainingSet, tmp_path: Path) -> None:
+    store = opened(built, f"lmdb:{tmp_path / 'online'}")
+    minute, start = 60_000_000, START + 5 * DAY
+    with training_set_views(built) as views:
+        materializer = Materializer(store, views, derived=views.derived)
+        # Everything happens at whole hours, events at every sixth.
+        whole, still, later = (materializer.run(start + after * minute) for after in (1, 2, 361))
+    kinds = ("derived values of items", "derived values of users", "rows of events", "rows of events by created")
+    assert {still.visited[kind] for kind in kinds} == {0}
+    assert all(later.written[kind] == later.visited[kind] <= whole.written[kind] for kind in kinds)
+    assert later.written["derived values of items"] > 0
+    assert 0 < later.visited["rows of events"] < whole.written["rows of events"]
+    store.close()
+
+
+def test_unfinished_runs_of_other_times_leave_nothing_behind(built: TrainingSet, tmp_path: Path) -> None:
+    store = opened(built, f"lmdb:{tmp_path / 'online'}")
+    names = derived_names(built)
+
+    def stop(kind: str, done: int, _total: int) -> None:
+        if kind == "derived values of users" and done:
+            raise KeyboardInterrupt
+
+    with training_set_views(built) as views:
+        materializer = Materializer(store, views, derived=views.derived, chunk=5)
+        num_torn = 0
+        for when, split, number in requests_of(built)[5::6]:
+            for until in range(max(when - 40 * (DAY // 24), START), when, 10 * (DAY // 24)):
+                try:
+                    materializer.run(max(until, (store.meta()["materialized"] or {"until": 0})["until"]), progress=stop)
+                except KeyboardInterrupt:
+                    num_torn += 1
+            assert materializer.run(when).resumed is False
+            stored = Batch.from_training_set(built, split, np.array([number]))
+            assert_equal(assemble(store, body_of(built, split, number)), stored, names)
+    assert num_torn > 8
     store.close()
 
 
@@ -315,3 +356,31 @@ def test_the_command_takes_views_or_a_training_set(tmp_path: Path) -> None:
     assert "--model must be given with --experiment only" in run("d", "-t", "x", "-m", "y")
     (tmp_path / "schema.yaml").write_text(yaml.safe_dump(schema | {"name": "other"}))
     assert "schema must be the one of the model" in run("b", "-e", tmp_path / "experiment.yaml")
+
+
+def test_events_that_feed_derived_values_alone_are_counted_as_such(tmp_path: Path) -> None:
+    shape = schema_mapping(
+        histories=[{"name": "clicked", "event_types": ["click"], "attributes": ["item_id"]}],
+        derived=[{"name": "since_like", "kind": "recency", "by": ["user"], "event_types": ["click", "like"]}],
+    )
+    shape["features"] = [
+        *shape["features"],
+        {"name": "since_like", "kind": "dense", "scope": "context", "transform": {"kind": "keep"}},
+    ]
+    training_set = build(tmp_path, make(5), validate(Schema, shape, source="test"))
+    location = f"lmdb:{tmp_path / 'online'}"
+    store = opened(training_set, location)
+    filled(training_set, store)
+    assert store.push(Event(1, 101, START + 20 * DAY, "like")) == ([], ["since_like"])
+    assert store.push(Event(1, 101, START + 20 * DAY, "click")) == (["clicked"], ["since_like"])
+    assert store.push(Event(1, 101, START + 20 * DAY, "share")) == ([], [])
+    store.close()
+    runner = CliRunner(env={"RECSYS_DEBUG": None, "COLUMNS": "200", "TERM": "dumb"})
+    kinds = ("click", "like", "share", "share", "like", "like")
+    events = [json.dumps({"user": 1, "item": 101, "type": kind, "time": START + 21 * DAY}) for kind in kinds]
+    done = runner.invoke(app, ["push", location, "--model", str(training_set.folder), *events, "--json"])
+    assert json.loads(done.stdout) == {
+        "store": location, "events": 6, "fed_derived_values_only": 3, "changed_nothing": 2, "pushed": {"clicked": 1}
+    }  # fmt: skip
+    done = runner.invoke(app, ["push", location, "--model", str(training_set.folder), *events])
+    assert "feed derived values only" in done.stdout

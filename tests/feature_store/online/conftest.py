@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
+from feature_store.online.key_values import KeyValues
 from feature_store.online.location import open_backend
-from feature_store.online.store import KeyValues
 from recsys.training_set import TrainingSet
 from tests.redis_server import redis_server
 from tests.training_sets import build_synthetic

@@ -15,10 +15,14 @@ import pyarrow as pa
 import pytest
 
 from feature_store.online.codec import take_rows
+from feature_store.online.key_values import KeyValues
 from feature_store.online.lmdb_store import LMDB
 from feature_store.online.materialize import PROGRESS, Materializer, materialize
-from feature_store.online.store import Event, KeyValues, Limits, OnlineStore, cut
-from recsys.encoding import Encoder
+from feature_store.online.pushing import Event
+from feature_store.online.reading import cut
+from feature_store.online.store import Limits, OnlineStore
+from feature_store.snapshot import ViewSnapshot
+from recsys.encoding import EncodedColumn, Encoder, Ragged
 from recsys.errors import ArtifactError, ConfigError
 from recsys.training_set import ITEM_ROW, SPLITS, TIME, USER_ROW, TrainingSet, end_column, start_column
 from tests.feature_store.online.equal import assert_equal_columns
@@ -38,12 +42,19 @@ def content(backend: KeyValues) -> dict[bytes, bytes]:
 
 
 def assert_online_is_offline(
-    training_set: TrainingSet, store: OnlineStore, num_pairs: int, seed: int, *, steps: bool = True
+    training_set: TrainingSet,
+    store: OnlineStore,
+    num_pairs: int,
+    seed: int,
+    *,
+    steps: bool = True,
+    views: ViewSnapshot | None = None,
 ) -> int:
     """Random requests of the training set, in order of time: what is fetched is what their training rows hold.
 
     Args:
         steps: materialise up to each request's time before it is fetched; else everything is there already.
+        views: what to materialise from, derived values too; the training set if not given.
 
     Returns:
         Events compared.
@@ -55,7 +66,7 @@ def assert_online_is_offline(
     ]
     rng = np.random.default_rng(seed)
     chosen = rng.choice(len(requests), min(num_pairs, len(requests)), replace=False)
-    materializer = Materializer(store, training_set)
+    materializer = Materializer(store, views or training_set, derived=None if views is None else views.derived)
     num_events = 0
     for split_name, position, when in sorted((requests[c] for c in chosen.tolist()), key=lambda r: r[2]):
         if steps:
@@ -90,7 +101,25 @@ def assert_online_is_offline(
             assert fetched.offsets.tolist() == [0, len(events)]
             assert_equal_columns(fetched.columns, expected)
             num_events += len(events)
+        if views is not None:
+            derived = store.derived_of(found, np.array([when]), np.zeros(len(items), np.int64))
+            assert derived.refused == {}
+            of_request = {f.name for f in schema.features_of("context")}
+            assert_equal_columns(
+                {name: plain(column) for name, column in derived.columns.items()},
+                {
+                    name: take_rows(split.requests.columns[name], np.array([position]))
+                    if name in of_request
+                    else take_rows(split.impressions.columns[name], np.arange(rows.start, rows.stop))
+                    for name in store.layout.features
+                },
+            )
     return num_events
+
+
+def plain(column: EncodedColumn) -> EncodedColumn:
+    """A column as training sets store it."""
+    return column if isinstance(column, Ragged) or column.dtype != np.float32 else column.reshape(len(column))
 
 
 @pytest.mark.parametrize("seed", [0, 1])
@@ -148,9 +177,8 @@ def test_pushing_the_log_is_the_same_as_materialising_it(training_set: TrainingS
     events = pl.read_parquet(training_set.folder.parent / "views" / "events.parquet")
     for row in events.filter(pl.col("time") >= MIDDLE).sample(fraction=1.0, shuffle=True, seed=1).to_dicts():
         kind = row["type"]
-        assert pushed.push(Event(row["user_id"], row["item_id"], row["time"], kind, {"dwell": row["dwell"]})) == (
-            ["clicked", "seen"] if kind == "click" else ["seen"]
-        )
+        done = pushed.push(Event(row["user_id"], row["item_id"], row["time"], kind, {"dwell": row["dwell"]}))
+        assert done.histories == (["clicked", "seen"] if kind == "click" else ["seen"])
     materialize(plain, training_set)
     assert content(pushed.backend) == content(plain.backend)
 
@@ -251,24 +279,86 @@ def test_a_killed_run_leaves_a_sound_store_and_goes_on(tmp_path: Path, training_
     plain.close()
 
 
-@pytest.mark.slow
-def test_online_is_offline_on_kuairand(dataset: Callable[[str], Path], tmp_path: Path, fresh: Fresh) -> None:
-    """10,000 random requests, each fetched after materialising up to its time."""
+ROOT = Path(__file__).resolve().parents[3]
+
+
+def build_kuairand(source: Path, folder: Path, **more: list[Any]) -> TrainingSet:
+    """KuaiRand-Pure as its configuration says, with more features, and with derived values."""
     from feature_store.build import DataConfig, build_training_set
     from feature_store.datasets import DATASETS
-    from recsys.config import validate
+    from recsys.config import load_yaml, validate
     from recsys.schema import Schema
 
-    root = Path(__file__).resolve().parents[3]
-    DATASETS["kuairand_pure"].load(dataset("kuairand_pure"), tmp_path / "views")
-    schema = Schema.load(root / "configs" / "schema" / "kuairand_pure.yaml")
+    DATASETS["kuairand_pure"].load(source, folder / "views")
+    path = ROOT / "configs" / "schema" / "kuairand_pure.yaml"
+    shape = load_yaml(path)
+    schema = validate(
+        Schema, shape | {name: [*shape.get(name, []), *added] for name, added in more.items()}, source="test"
+    )
     split = {
         "train_end": "2022-04-30T00:00:00+08:00",
         "validation_end": "2022-05-01T00:00:00+08:00",
         "test_end": "2022-05-09T00:00:00+08:00",
     }
-    folders = {"views": str(tmp_path / "views"), "training_set": str(tmp_path / "set"), "split": split}
+    folders = {"views": str(folder / "views"), "training_set": str(folder / "set"), "split": split}
     build_training_set(schema, validate(DataConfig, folders, source="test"))
-    training_set = TrainingSet.open(tmp_path / "set")
+    return TrainingSet.open(folder / "set")
+
+
+@pytest.mark.slow
+def test_online_is_offline_on_kuairand(dataset: Callable[[str], Path], tmp_path: Path, fresh: Fresh) -> None:
+    """10,000 random requests, each fetched after materialising up to its time."""
+    training_set = build_kuairand(dataset("kuairand_pure"), tmp_path)
     num_events = assert_online_is_offline(training_set, open_store(fresh(), training_set), 10_000, 0)
+    assert num_events > 100_000
+
+
+WATCHED = ["watch", "click"]
+KUAIRAND_DERIVED: list[tuple[str, dict[str, Any]]] = [
+    # The user's own rows: windows that end, none, a smoothed rate of impressions whose labels come later.
+    ("context", {"name": "user_watched_3d", "kind": "count", "by": ["user"], "event_types": WATCHED, "window": "3d"}),
+    ("context", {"name": "since_like", "kind": "recency", "by": ["user"], "event_types": ["like"], "window": "2w"}),
+    ("context", {"name": "user_rate", "kind": "mean", "source": "impressions", "by": ["user"], "value": "is_click"}
+     | {"window": "7d", "known_after": "10m", "prior": 0.3, "prior_count": 5.0}),
+    # The user and what the item is.
+    ("candidate", {"name": "author_watched", "kind": "count", "by": ["user", "author_id"], "event_types": WATCHED}),
+    ("candidate", {"name": "since_author", "kind": "recency", "by": ["user", "author_id"]}),
+    ("candidate", {"name": "music_watched_3d", "kind": "sum", "by": ["user", "music_type"], "window": "3d"}
+     | {"value": "CASE WHEN type = 'long_watch' THEN 1.5 ELSE 0.1 END"}),
+    ("candidate", {"name": "watched_before", "kind": "count", "by": ["item", "user"]}),
+    ("candidate", {"name": "author_share", "kind": "ratio", "numerator": "author_watched"}
+     | {"denominator": "user_watched_3d", "add_to_denominator": 5.0}),
+    # The item's, as of the time of materialising.
+    ("candidate", {"name": "item_watched_1d", "kind": "count", "by": ["item"], "event_types": WATCHED, "window": "1d"}),
+    ("candidate", {"name": "item_likes", "kind": "count", "by": ["item"], "where": "type = 'like'"}),
+    ("candidate", {"name": "item_rate", "kind": "mean", "source": "impressions", "by": ["item"], "value": "is_click"}
+     | {"window": "7d", "known_after": "10m", "prior": 0.3, "prior_count": 20.0}),
+    ("candidate", {"name": "author_rate", "kind": "mean", "source": "impressions", "by": ["author_id"]}
+     | {"value": "long_view", "known_after": "10m", "prior": 0.2, "prior_count": 20.0}),
+    ("candidate", {"name": "item_ratio", "kind": "ratio", "numerator": "item_likes", "denominator": "item_watched_1d"}
+     | {"add_to_denominator": 10.0}),
+]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_derived_values_online_are_offline_on_kuairand(
+    dataset: Callable[[str], Path], tmp_path: Path, fresh: Fresh
+) -> None:
+    """10,000 random requests, each fetched after materialising up to its time, derived values and all."""
+    from feature_store.snapshot import training_set_views
+
+    features = [
+        {"name": spec["name"], "kind": "dense", "scope": scope, "transform": {"kind": "keep"}}
+        for scope, spec in KUAIRAND_DERIVED
+    ]
+    logarithm = {"kind": "log", "base": 2.0, "num_buckets": 20}
+    features.append(
+        {"name": "how_often", "column": "item_likes", "kind": "categorical", "scope": "candidate"}
+        | {"encoder": logarithm}
+    )
+    training_set = build_kuairand(
+        dataset("kuairand_pure"), tmp_path, features=features, derived=[spec for _, spec in KUAIRAND_DERIVED]
+    )
+    with training_set_views(training_set) as views:
+        num_events = assert_online_is_offline(training_set, open_store(fresh(), training_set), 10_000, 0, views=views)
     assert num_events > 100_000

@@ -14,7 +14,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from feature_store.online.codec import take_rows
-from feature_store.online.store import Event, KeyValues, Limits, OnlineStore, cut
+from feature_store.online.key_values import KeyValues
+from feature_store.online.pushing import Event
+from feature_store.online.reading import cut
+from feature_store.online.store import Limits, OnlineStore
 from recsys.encoding import Ragged
 from recsys.errors import ArtifactError, ConfigError, DataError, EncodingError
 from recsys.training_set import TrainingSet
@@ -221,7 +224,7 @@ def test_an_event_that_cannot_be_taken(training_set: TrainingSet, fresh: Fresh, 
     with pytest.raises(DataError, match=words):
         store.push(event)
     assert len(store.history("clicked", pa.array([1])).times) == 1
-    assert store.push(Event(1, 2, 5, "view")) == ["seen"]
+    assert store.push(Event(1, 2, 5, "view")) == (["seen"], [])
 
 
 def test_keys_of_another_type_are_an_error_and_not_unknown(training_set: TrainingSet, fresh: Fresh) -> None:
