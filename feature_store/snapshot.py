@@ -197,7 +197,7 @@ class ViewDerived:
     def _at(self, spec: Windowed, row: np.ndarray, until: int) -> np.ndarray:
         """A value of every item, or of every user, as of a time."""
         log = self._log(spec.source)
-        ((_, value),) = self._computation.values([spec], log, spec.by, spec.created)
+        ((_, value),) = self._computation.values([spec], self._computation.rows(log, spec.by, spec.created))
         key, _ = self._computation.keys(spec.by, row, row)
         return value.at(key, np.full(len(row), until))
 
