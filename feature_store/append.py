@@ -1,8 +1,8 @@
 """Appends new log files to a training set: a day of logs is a day of work.
 
-New are the files of the impressions and events views that the set was not built from. Only they are read; users, items
-and versions of attributes are read whole. What was built stays as it is, in the same files, linked into the new version; the
-version that was there before is kept beside the set, in ``DIR.versions/<number>``, until it is pruned.
+New are the files of the impressions and events views that the set was not built from. Only they are read; users,
+items and versions of attributes are read whole. What was built stays as it is, in the same files, linked into the new
+version; the version that was there before is kept beside the set, in ``DIR.versions/<number>``, until it is pruned.
 
 The rules:
 

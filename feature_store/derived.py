@@ -228,16 +228,12 @@ class Computation:
             since = self.views.created(log.source, created)[log.source_row] if is_read else _NOTHING
         if before is None:
             return FamilyRows(log, by, log.user_row, log.item_row, log.time, since)
-        columns = (
-            None if new is None or old is None else np.concatenate([old, new])
-            for old, new in (
-                (before.user_row, log.user_row),
-                (before.item_row, log.item_row),
-                (before.time, log.time),
-                (before.created, since),
-            )
-        )
-        return FamilyRows(log, by, *columns, before=before)  # type: ignore[arg-type]
+        if since is not None:
+            assert before.created is not None
+            since = np.concatenate([before.created, since])
+        user_row = np.concatenate([before.user_row, log.user_row])
+        item_row = np.concatenate([before.item_row, log.item_row])
+        return FamilyRows(log, by, user_row, item_row, np.concatenate([before.time, log.time]), since, before)
 
     def values(
         self, specs: Sequence[Windowed], rows: FamilyRows, carrier: Carrier | None = None

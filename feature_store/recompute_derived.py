@@ -72,7 +72,7 @@ class DerivedTruth:
     @cached_property
     def _shown(self) -> np.ndarray:
         """Valid impressions, but for those that came too late, and of requests that contradict themselves."""
-        rows = self._valid_rows("impressions")
+        rows: np.ndarray = self._valid_rows("impressions")
         generations = self._appends.generations("impressions", rows)
         begin = np.array([self._appends.begin(g) for g in range(len(self._appends.entries) + 1)])
         is_in_time = self.views.time("impressions")[rows] >= begin[generations]
