@@ -176,7 +176,10 @@ class Carrier:
 
     def finish(self) -> CarriedRows:
         """Rows as they are, then totals value by value."""
-        rows = np.unique(np.concatenate([kept for kept, _, _ in self._kept]))
+        is_kept = np.zeros(len(self._time), np.bool_)
+        for kept, _, _ in self._kept:
+            is_kept[kept] = True
+        rows = np.flatnonzero(is_kept)
         parts = {
             "@user_row": [self._rows["user"][rows]],
             "@item_row": [self._rows["item"][rows]],
