@@ -31,7 +31,6 @@ from typing import Any, Self
 import numpy as np
 import pyarrow as pa
 
-from feature_store.event_log import stable_order
 from feature_store.sources import Kind
 from recsys.derived import Windowed, duration_us
 from recsys.errors import IntegrityError
@@ -158,7 +157,7 @@ class Carrier:
         """One row a group."""
         group = {scope: column[rows] for scope, column in self._rows.items()}
         group |= {scope: first[group[scope]] for scope, first in self._first_of_group.items()}
-        order = stable_order(group["user"], group["item"])
+        order = _grouped(group["user"], group["item"])
         rows, user, item = rows[order], group["user"][order], group["item"][order]
         is_first = np.ones(len(rows), np.bool_)
         is_first[1:] = (user[1:] != user[:-1]) | (item[1:] != item[:-1])
@@ -197,6 +196,14 @@ class Carrier:
             for name, columns in parts.items():
                 columns.append(totals[name] if name in totals else np.zeros(size, np.int64))
         return CarriedRows.of({name: np.concatenate(columns) for name, columns in parts.items()})
+
+
+def _grouped(user: np.ndarray, item: np.ndarray) -> np.ndarray:
+    """Positions that sort pairs, by user and then item; those of one pair in any order: their totals are the same."""
+    width = int(item.max(initial=0)) + 1
+    if (int(user.max(initial=0)) + 1) * width < 2**63:
+        return np.argsort(user * width + item)
+    return np.lexsort((item, user))
 
 
 def _placed(size: int, place: np.ndarray, values: np.ndarray) -> np.ndarray:
