@@ -307,6 +307,19 @@ def test_integers_and_fractions_are_read_as_a_build_reads_them(
         append_to_training_set(shape, settings(tmp_path))
 
 
+def test_sums_that_would_not_be_exact_are_refused(tmp_path: Path) -> None:
+    views = make(5)
+    changes = {"value": "dwell * 1e10 + 1", "where": "dwell >= 0", "window": None}
+    shape = schema(derived=[d | changes if d["name"] == "item_dwell" else d for d in DERIVED])
+    parts = generations(views)
+    for part in parts:  # 2^62 millionths are 4.6e12: each file holds less by itself
+        dwell = pl.when(pl.int_range(pl.len()) == 0).then(300.0).otherwise(0.0)
+        part["events"] = part["events"].with_columns(dwell.alias("dwell"))
+    with pytest.raises(SourceError, match=r"derived value 'item_dwell': value must add up to less than 4\.6e\+12"):
+        grown(tmp_path, parts, [views] * 3, shape)
+    assert len(TrainingSet.open(tmp_path / "set").manifest.get("appends", [])) == 0
+
+
 def test_new_rows_may_be_impressions_alone(tmp_path: Path) -> None:
     views = make(6)
     parts = generations(views)
