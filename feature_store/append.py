@@ -1,8 +1,8 @@
 """Appends new log files to a training set: a day of logs is a day of work.
 
-New are the files of the impressions and events views that the set was not built from. Only they are read; of users and
-items, the views are read whole. What was built stays as it is, in the same files, linked into the new version; the
-version that was there before is kept beside the set, in ``DIR.versions/<number>``, until it is pruned.
+New are the files of the impressions and events views that the set was not built from. Only they are read; users,
+items and versions of attributes are read whole. What was built stays as it is, in the same files, linked into the new
+version; the version that was there before is kept beside the set, in ``DIR.versions/<number>``, until it is pruned.
 
 The rules:
 
@@ -13,7 +13,9 @@ The rules:
 * **Vocabularies** grow behind their last id, by the values of new rows of the training period that occur there
   ``min_count`` times; ids stay what they are. Quantiles, means and deviations stay as they were fitted.
 * **Times** of the new files are checked by themselves (:mod:`feature_store.time_spans`). They may lack an event type.
-* **Derived values** and versions of attributes reach back over all files: a schema that has them is refused.
+* **Derived values** of new rows are those of a build of everything, but for what was set aside. They are computed
+  of the new rows and of what the set carries of those before (:mod:`feature_store.carried`): late rows count from now
+  on, groups are those that attributes make now. Rows that were built keep their values.
 * **Splits** may move forward: boundaries may be later than before, never earlier. Requests change their split then,
   and no file does.
 
@@ -30,6 +32,7 @@ import time as clock
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -37,16 +40,20 @@ import numpy as np
 
 from feature_store.appended import entry
 from feature_store.build import BuildSummary, DataConfig, describe_files, inputs_of, manifest_of
+from feature_store.carried import FOLDER as CARRIED
+from feature_store.carried import Carried
+from feature_store.derived import Computation, carried_attributes, families, read_as_before, value_kinds
 from feature_store.event_log import stable_order
 from feature_store.fit import fit_encoder
 from feature_store.joined import Joined
 from feature_store.point_in_time import first_not_before
+from feature_store.replay import replayed
 from feature_store.split import microseconds
 from feature_store.tables import encoded, write_impressions
-from feature_store.views import Views
+from feature_store.views import Views, windowed
 from feature_store.workspace import exclusive, replacing, versions_folder, versions_of
 from recsys.encoding import EncodedColumn, Encoder, Ragged
-from recsys.errors import ConfigError, SourceError
+from recsys.errors import SourceError
 from recsys.files import check_can_write, write_json
 from recsys.schema import Schema
 from recsys.training_set import (
@@ -65,6 +72,8 @@ from recsys.training_set import (
 
 _REBUILD = "build the whole set again: recsys build CONFIG --force"
 _LOGS = ("impressions", "events")
+_ANEW = ("encoder/", f"{CARRIED}/")
+"""Folders that each version has of its own."""
 
 
 def append_to_training_set(schema: Schema, data: DataConfig) -> BuildSummary:
@@ -78,17 +87,11 @@ def append_to_training_set(schema: Schema, data: DataConfig) -> BuildSummary:
         data: where it is; its split may be later than that of the set.
 
     Raises:
-        ConfigError: the schema has derived values, or the result's folder cannot be written.
+        ConfigError: the result's folder cannot be written.
         IntegrityError: there is no training set.
         SourceError: something other than new files is new, or rows that were left out would now belong to a split.
         QuarantineError: too many new rows are broken.
     """
-    if schema.derived:
-        raise ConfigError(
-            f"derived must be empty where a set is appended to, got {len(schema.derived)} derived values: theirs reach "
-            "back over all files",
-            hint=_REBUILD,
-        )
     folder = Path(data.training_set).resolve()
     check_can_write(folder, name="data.training_set")
     with exclusive(folder):
@@ -181,7 +184,9 @@ class _Append:
         part = f"parts/{number:05d}"
         self._link(skipped=("manifest.json", "users.arrow", "items.arrow"))
         views = self._views()
-        joined = self._join(views)
+        joined, carried = self._derive(self._join(views))
+        if carried is not None:
+            carried.write(self.folder)
         train_end = microseconds(self.data.split.train_end)
         in_train = self.data.split.slices(joined.requests.time)["train"]
         newer = fit_encoder(joined, in_train, train_end=train_end, stage=lambda _: None)
@@ -205,12 +210,13 @@ class _Append:
     def _link(self, *, skipped: tuple[str, ...]) -> None:
         """Makes the files that stay as they are part of the new version, at no cost."""
         for name in self.old.manifest["files"]:
-            if name not in skipped and not name.startswith("encoder/"):
+            if name not in skipped and not name.startswith(_ANEW):
                 (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
                 os.link(self.old.folder / name, self.folder / name)
 
     def _views(self) -> Views:
-        only = {v: {f["file"] for f in self.inputs["files"] if f["view"] == v} for v in ("users", "items")}
+        whole = ("users", "items", *(view.name for view in self.schema.views.versions))
+        only = {v: {f["file"] for f in self.inputs["files"] if f["view"] == v} for v in whole}
         only |= self.new_files
         return Views(
             self.schema,
@@ -221,13 +227,45 @@ class _Append:
         )
 
     def _join(self, views: Views) -> Joined:
-        newest = max(self._last_times(), default=0)
         return Joined.join(
             views,
             lambda _: None,
-            not_before=newest,
+            not_before=self._newest,
             known={"user": self.old.users, "item": self.old.items},
+            is_derived=False,
         )
+
+    def _derive(self, joined: Joined) -> tuple[Joined, Carried | None]:
+        """Computes derived values, of the new rows and of what is carried of those before."""
+        if not windowed(self.schema):
+            return joined.with_derived() if self.schema.derived else (joined, None)
+        last = int(joined.requests.time[-1]) if joined.requests.num_requests else 0
+        return joined.with_derived(before=self._carried(joined), newest=max(self._newest, last))
+
+    def _carried(self, joined: Joined) -> Carried:
+        names = [specs[0].name for specs in families(self.schema).values()]
+        carried = Carried.open(self.old.folder, names, carried_attributes(self.schema))
+        if carried is None:
+            kinds = value_kinds(joined.views)
+            widened = {log: {c for c, kind in columns.items() if kind == "number"} for log, columns in kinds.items()}
+        else:
+            widened = read_as_before(joined.views, carried.kinds)
+        if carried is None or widened or not Computation(joined).holds(carried):
+            carried = replayed(
+                self.old,
+                self.schema,
+                self.data,
+                newest=self._newest,
+                staging=joined.views.staging / "replayed",
+                as_numbers=widened,
+            )
+            read_as_before(joined.views, carried.kinds)
+        return carried
+
+    @cached_property
+    def _newest(self) -> int:
+        """Time of the newest request that was built."""
+        return max(self._last_times(), default=0)
 
     def _last_times(self) -> Iterator[int]:
         for path in [self.old.folder / name for name in self._parts()]:
@@ -253,8 +291,7 @@ class _Append:
         is_active[joined.user_row] = True
         users = np.flatnonzero(is_active)
         # Requests to come are not before the newest one built: what it could have read is all that they can read.
-        newest = max(self._last_times(), default=0)
-        seen = first_not_before(old.array(TIME), first[users], last[users], np.full(len(users), newest))
+        seen = first_not_before(old.array(TIME), first[users], last[users], np.full(len(users), self._newest))
         first_kept = np.maximum(seen - history.max_length, first[users])
         num_kept = last[users] - first_kept
         kept = _ranges(first_kept, num_kept)
@@ -315,7 +352,7 @@ class _Append:
             pieces[name] = found or [{"part": name, "requests": [0, 0]}]
         kept = {n: e for n, e in self.old.manifest["files"].items() if (self.folder / n).is_file()}
         written = {"users.arrow", "items.arrow"}
-        kept = {n: e for n, e in kept.items() if n not in written and not n.startswith("encoder/")}
+        kept = {n: e for n, e in kept.items() if n not in written and not n.startswith(_ANEW)}
         files = {**kept, **describe_files(self.folder, but=kept)}
         before = self.old.manifest["summary"]
         broken = {view: q.counts for view, q in views.quarantines.items() if q.num_rows}
@@ -345,7 +382,7 @@ class _Append:
             source_rows[view] = source.num_rows + (source_rows[view] if view in _LOGS else 0)
         manifest = manifest_of(self.schema, self.data, encoder, summary, self.inputs, files, source_rows)
         at = datetime.now(UTC).isoformat(timespec="seconds")
-        appended = entry(self.old, part, at, self.new_files, max(self._last_times(), default=0))
+        appended = entry(self.old, part, at, self.new_files, self._newest)
         write_json(
             self.folder / "manifest.json",
             {**manifest, "pieces": pieces, "appends": [*self.old.manifest.get("appends", []), appended]},

@@ -37,7 +37,7 @@ from feature_store.fit import fit_encoder
 from feature_store.joined import EventWork, Joined
 from feature_store.split import SplitConfig, microseconds
 from feature_store.tables import write_tables
-from feature_store.views import Views, view_format, view_paths
+from feature_store.views import Views, view_format, view_paths, windowed
 from feature_store.workspace import exclusive, replacing
 from recsys.config import Config, fingerprint
 from recsys.encoding import Encoder
@@ -228,9 +228,15 @@ def _build(
     staging = folder / ".staging"
     limit = data.max_quarantined_fraction
     views = Views(schema, data.views_root, staging=staging, max_quarantined_fraction=limit)
-    joined = Joined.join(views, stage, work=work)
+    joined = Joined.join(views, stage, work=work, is_derived=False)
     splits = data.split.slices(joined.requests.time)
     _check_train(joined, splits["train"])
+    if schema.derived:
+        stage("Computing derived values")
+        newest = int(joined.requests.time[splits["test"].stop - 1]) if windowed(schema) else None
+        joined, carried = joined.with_derived(newest=newest)
+        if carried is not None:
+            carried.write(folder)
     encoder = fit_encoder(joined, splits["train"], train_end=microseconds(data.split.train_end), stage=stage)
     write_tables(folder, joined, encoder, splits, stage=stage)
     encoder.save(folder / "encoder")

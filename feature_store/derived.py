@@ -4,6 +4,8 @@ Rows of a log are sorted once for all values of the same groups; each value is t
 (:mod:`recsys.windows`), chunk by chunk, into a file of the staging folder. So memory holds the log and the value at
 work, not all values of all impressions. It grows with the rows of the log, and of the views of versions, unlike that of
 a schema without derived values, whose events are looked at shard by shard (:mod:`feature_store.event_shards`).
+
+An append computes them of the new rows of a log, and of what is carried of those before (:mod:`feature_store.carried`).
 """
 
 from __future__ import annotations
@@ -17,12 +19,14 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 
-from feature_store.sources import feature_use, to_arrow
+from feature_store.carried import Carried, CarriedRows, Carrier, first_of_groups
+from feature_store.expressions import row_expression
+from feature_store.sources import Kind, feature_use, to_arrow, words_of
 from feature_store.views import Views, windowed
 from recsys.derived import AsOf, Derived, Mean, Ratio, Sum, Windowed, duration_us
 from recsys.errors import SourceError
-from recsys.schema import Feature, VersionedView
-from recsys.windows import GroupedRows, LatestVersion, WindowedValue, in_units, ratio
+from recsys.schema import Feature, Schema, Scope, VersionedView
+from recsys.windows import GroupedRows, LatestVersion, WindowedValue, check_units, in_units, ratio
 
 if TYPE_CHECKING:
     from feature_store.joined import Joined
@@ -30,22 +34,81 @@ if TYPE_CHECKING:
 CHUNK = 1 << 20
 """Look-ups at once."""
 
+_SCALE = "scale it in the expression, or give fewer decimals"
+_NOTHING = np.empty(0, np.int64)
 
-def compute_derived(joined: Joined) -> Mapping[str, np.ndarray]:
-    """Every derived value of a schema.
+Family = tuple[str, tuple[str, ...], str | None]
+"""The log, the groups and the created column that values share."""
+
+
+def families(schema: Schema) -> dict[Family, list[Windowed]]:
+    """Values of the same rows in the same groups, log by log."""
+    alike: dict[Family, list[Windowed]] = {}
+    for spec in sorted(windowed(schema), key=lambda spec: spec.source):
+        alike.setdefault((spec.source, spec.by, spec.created), []).append(spec)
+    return alike
+
+
+def carried_attributes(schema: Schema) -> list[str]:
+    """Attributes whose groups totals are kept by (:mod:`feature_store.carried`)."""
+    found: dict[str, None] = {}
+    for (_, by, _), specs in families(schema).items():
+        if len({scope_of(schema, name) for name in by}) == 2 and any(spec.window is None for spec in specs):
+            found |= dict.fromkeys(name for name in by if name not in ("user", "item"))
+    return list(found)
+
+
+def value_kinds(views: Views) -> dict[str, dict[str, Kind]]:
+    """By log and column: what the columns of plain values hold that expressions of derived values read."""
+    found: dict[str, dict[str, Kind]] = {}
+    for spec in windowed(views.schema):
+        if spec.source not in views.sources:
+            continue
+        names = {c for text, field in views.expressions(spec) for c in row_expression(text, field)[1]}
+        kinds = views.sources[spec.source].kinds
+        as_numbers = views.as_numbers.get(spec.source, ())
+        found.setdefault(spec.source, {}).update(
+            (use.column, "number" if use.column in as_numbers else kinds[use.column])
+            for use in views.uses(spec.source)
+            if use.role == "value" and use.column in names
+        )
+    return found
+
+
+def read_as_before(views: Views, before: Mapping[str, Mapping[str, Kind]]) -> dict[str, set[str]]:
+    """Lets expressions read columns of new files as a build of all files would read them.
 
     Args:
-        joined: everything but the derived values.
+        views: of the new files.
+        before: what the columns held in those before, as :func:`value_kinds` gives it.
 
     Returns:
-        By name: ``(R,)`` or ``(N,)`` by its scope; float64 with NaN where missing, of versions int64 rows of their view
-        with -1 where there is none.
+        By log, columns that held integers so far and hold fractions now: the files before are to be read again.
 
     Raises:
-        QuarantineError: too many versions are broken.
-        SourceError: an expression does not fit its columns, or does not give what it must.
+        SourceError: a column holds text in some files and numbers in others.
     """
-    return Computation(joined).run()
+    widened: dict[str, set[str]] = {}
+    as_numbers: dict[str, set[str]] = {}
+    for log, columns in value_kinds(views).items():
+        for column, kind in columns.items():
+            earlier = before.get(log, {}).get(column, "null")
+            if "null" in (kind, earlier) or kind == earlier:
+                continue
+            if {kind, earlier} != {"integer", "number"}:
+                raise SourceError(
+                    f"{views.sources[log].place}: column {column!r} must hold {words_of(earlier)} as in the files that "
+                    f"the set was built from, got {words_of(kind)}: derived values are computed from it",
+                    hint="write it with one type in every file",
+                )
+            (widened if earlier == "integer" else as_numbers).setdefault(log, set()).add(column)
+    views.as_numbers = as_numbers
+    return widened
+
+
+def scope_of(schema: Schema, name: str) -> Scope:
+    """Whose a group is, of those that ``by`` names: ``"user"`` or ``"item"``."""
+    return name if name in ("user", "item") else schema.feature(name).scope  # type: ignore[return-value]
 
 
 @dataclass(frozen=True)
@@ -94,60 +157,188 @@ class Log:
         self.time = time
 
 
+@dataclass(frozen=True)
+class FamilyRows:
+    """The rows that values of the same groups are computed from: carried ones, then those of a log.
+
+    Attributes:
+        log: the latter.
+        by: what the groups are.
+        user_row: ``(E,)`` int64.
+        item_row: ``(E,)`` int64.
+        time: ``(E,)`` int64.
+        created: ``(E,)`` int64; None if each is known since its time.
+        before: the carried ones, if any.
+    """
+
+    log: Log
+    by: tuple[str, ...]
+    user_row: np.ndarray
+    item_row: np.ndarray
+    time: np.ndarray
+    created: np.ndarray | None
+    before: CarriedRows | None = None
+
+
 class Computation:
     """Reads the rows of logs and versions, and computes from them.
 
     Args:
         joined: everything but the derived values.
+        before: what is carried of the rows that came before those of ``joined``.
     """
 
-    def __init__(self, joined: Joined) -> None:
+    def __init__(self, joined: Joined, before: Carried | None = None) -> None:
         self.joined = joined
         self.views: Views = joined.views
         self.schema = joined.schema
+        self._before = before
         self._codes: dict[str, tuple[np.ndarray, int]] = {}
+        self._groups: dict[str, np.ndarray] = {}
         self._folder = self.views.staging / "derived"
         self._folder.mkdir(parents=True, exist_ok=True)
 
-    def run(self) -> dict[str, np.ndarray]:
-        """Every value of every request, or of every impression."""
+    def run(self, newest: int | None = None) -> tuple[dict[str, np.ndarray], Carried | None]:
+        """Every derived value of a schema, and what is carried of them.
+
+        Args:
+            newest: UTC microseconds; requests to come are not earlier. Nothing is carried if not given.
+
+        Returns:
+            By name: ``(R,)`` or ``(N,)`` by its scope; float64 with NaN where missing, of versions int64 rows of their
+            view with -1 where there is none. And what is carried.
+
+        Raises:
+            QuarantineError: too many versions are broken.
+            SourceError: an expression does not fit its columns, or does not give what it must.
+        """
         joined = self.joined
         asked = Asked(joined.user_row, joined.requests.time, joined.item_row, joined.requests.row_start)
         found: dict[str, np.ndarray] = {}
-        for value, lookup in self.lookups():
-            found[value.name] = self._filled(value, asked, partial(lookup, asked))
+        carried: dict[str, CarriedRows] = {}
+        for specs, rows in self._families():
+            carrier = None if newest is None else self._carrier(specs, rows, newest)
+            for spec, value in self.values(specs, rows, carrier):
+                found[spec.name] = self._filled(spec, asked, partial(self._at, value, asked))
+            if carrier is not None:
+                carried[specs[0].name] = carrier.finish()
+        for view in self.schema.views.versions:
+            for version, lookup in self._versions(view):
+                found[version.name] = self._filled(version, asked, partial(lookup, asked))
         for derived in self.schema.derived:
             if isinstance(derived, Ratio):
                 found[derived.name] = self._filled(derived, asked, partial(self.ratio, derived, found, asked))
-        return {derived.name: found[derived.name] for derived in self.schema.derived}
+        values = {derived.name: found[derived.name] for derived in self.schema.derived}
+        return values, None if newest is None else self._carried(newest, carried)
 
     def lookups(self) -> Iterator[tuple[Windowed | AsOf, Lookup]]:
         """Every value but ratios, each ready to be looked up; one after the other, so that none need be kept."""
-        logs: dict[str, Log] = {}
-        for (source, by, created), specs in self._alike().items():
-            if source not in logs:
-                logs = {source: self.log(source)}
-            for spec, value in self.values(specs, logs[source], by, created):
+        for specs, rows in self._families():
+            for spec, value in self.values(specs, rows):
                 yield spec, partial(self._at, value)
         for view in self.schema.views.versions:
             yield from self._versions(view)
 
-    def values(
-        self, specs: Sequence[Windowed], log: Log, by: Sequence[str], created: str | None
-    ) -> Iterator[tuple[Windowed, WindowedValue]]:
-        """Values of the same groups of a log's rows, ready to be looked up."""
-        key, is_grouped = self.keys(by, log.user_row, log.item_row)
-        known = None if created is None else self.views.created(log.source, created)[log.source_row][is_grouped]
-        rows = GroupedRows(key[is_grouped], log.time[is_grouped], known)
-        for spec in specs:
-            yield spec, WindowedValue.build(spec, rows, *self.counted(spec, log.source_row[is_grouped]))
+    def carry(self, newest: int) -> Carried:
+        """What is carried of the values, of which none is looked up."""
+        carried: dict[str, CarriedRows] = {}
+        for specs, rows in self._families():
+            carrier = self._carrier(specs, rows, newest)
+            for spec, counts, units in self._counted(specs, rows):
+                carrier.add(spec, counts, units)
+            carried[specs[0].name] = carrier.finish()
+        return self._carried(newest, carried)
 
-    def _alike(self) -> dict[tuple[str, tuple[str, ...], str | None], list[Windowed]]:
-        """Values of the same rows in the same groups, log by log."""
-        alike: dict[tuple[str, tuple[str, ...], str | None], list[Windowed]] = {}
-        for spec in sorted(windowed(self.schema), key=lambda spec: spec.source):
-            alike.setdefault((spec.source, spec.by, spec.created), []).append(spec)
-        return alike
+    def _families(self) -> Iterator[tuple[list[Windowed], FamilyRows]]:
+        logs: dict[str, Log] = {}
+        for (source, by, created), specs in families(self.schema).items():
+            if source not in logs:
+                logs[source] = self.log(source)
+            before = None if self._before is None else self._before.rows[specs[0].name]
+            yield specs, self.rows(logs[source], by, created, before)
+
+    def rows(self, log: Log, by: tuple[str, ...], created: str | None, before: CarriedRows | None = None) -> FamilyRows:
+        """The rows of a log, behind those that are carried, with the columns that values of the same groups share."""
+        since = None
+        if created is not None:
+            is_read = log.source in self.views.sources
+            since = self.views.created(log.source, created)[log.source_row] if is_read else _NOTHING
+        if before is None:
+            return FamilyRows(log, by, log.user_row, log.item_row, log.time, since)
+        if since is not None:
+            assert before.created is not None
+            since = np.concatenate([before.created, since])
+        user_row = np.concatenate([before.user_row, log.user_row])
+        item_row = np.concatenate([before.item_row, log.item_row])
+        return FamilyRows(log, by, user_row, item_row, np.concatenate([before.time, log.time]), since, before)
+
+    def values(
+        self, specs: Sequence[Windowed], rows: FamilyRows, carrier: Carrier | None = None
+    ) -> Iterator[tuple[Windowed, WindowedValue]]:
+        """Values of the same groups of rows, ready to be looked up; ``carrier`` is shown each."""
+        key, is_grouped = self.keys(rows.by, rows.user_row, rows.item_row)
+        created = None if rows.created is None else rows.created[is_grouped]
+        grouped = GroupedRows(key[is_grouped], rows.time[is_grouped], created)
+        for spec, counts, units in self._counted(specs, rows):
+            yield (
+                spec,
+                WindowedValue.build(spec, grouped, counts[is_grouped], None if units is None else units[is_grouped]),
+            )
+            if carrier is not None:
+                carrier.add(spec, counts, units)
+
+    def _counted(
+        self, specs: Sequence[Windowed], rows: FamilyRows
+    ) -> Iterator[tuple[Windowed, np.ndarray, np.ndarray | None]]:
+        """What all rows add to each value: how many that count, and of a sum and of a mean their sum in units."""
+        for spec in specs:
+            counts, units = self.counted(spec, rows.log.source_row)
+            if rows.before is not None:
+                counts = np.concatenate([rows.before.counts[spec.name], counts.astype(np.int64)])
+            if rows.before is not None and units is not None:
+                units = np.concatenate([rows.before.units[spec.name], units])
+                try:
+                    check_units(units, spec.decimals)  # type: ignore[union-attr]
+                except ValueError as err:
+                    raise SourceError(f"derived value {spec.name!r}: value {err}", hint=_SCALE) from err
+            yield spec, counts, units
+
+    def _carrier(self, specs: Sequence[Windowed], rows: FamilyRows, newest: int) -> Carrier:
+        scopes = {scope_of(self.schema, name) for name in rows.by}
+        first: dict[Scope, np.ndarray] = {}
+        if len(scopes) == 2 and any(spec.window is None for spec in specs):
+            for name in rows.by:
+                codes, _, scope = self.coded(name)
+                if codes is not None:
+                    first[scope] = self._first_of_groups(name, codes)
+        return Carrier(
+            rows.user_row,
+            rows.item_row,
+            rows.time,
+            rows.created,
+            scopes=scopes,
+            first_of_group=first,
+            newest=newest,
+        )
+
+    def holds(self, before: Carried) -> bool:
+        """Whether users and items that an attribute had put in one group still are in one."""
+        found = ((name, self.coded(name)[0]) for name in before.groups)
+        return not any(codes is not None and before.is_split(name, codes) for name, codes in found)
+
+    def _first_of_groups(self, name: str, codes: np.ndarray) -> np.ndarray:
+        if name not in self._groups:
+            self._groups[name] = first_of_groups(codes)
+        return self._groups[name]
+
+    def _carried(self, newest: int, rows: Mapping[str, CarriedRows]) -> Carried:
+        kinds: dict[str, dict[str, Kind]] = {}
+        if self._before is not None:
+            kinds = {log: dict(columns) for log, columns in self._before.kinds.items()}
+        for log, columns in value_kinds(self.views).items():
+            known = kinds.setdefault(log, {})
+            known |= {column: kind for column, kind in columns.items() if kind != "null" or column not in known}
+        return Carried(newest, rows, dict(self._groups), kinds)
 
     def log(self, source: str) -> Log:
         """The valid rows of ``"events"`` or ``"impressions"``."""
@@ -157,7 +348,8 @@ class Computation:
             time = views.time("impressions")[joined.source_row]
             return Log(source, joined.source_row, user_row, joined.item_row, time)
         rows = joined.happened
-        assert rows is not None
+        if rows is None:  # no file of the view is read
+            return Log(source, _NOTHING, _NOTHING, _NOTHING, _NOTHING)
         user_row = joined.users.rows_of(views.keys("events", "user").gather(rows))
         item_row = joined.items.rows_of(views.keys("events", "item").gather(rows))
         return Log(source, rows, user_row, item_row, views.time("events")[rows])
@@ -176,11 +368,11 @@ class Computation:
         key[~is_grouped] = -1
         return key, is_grouped
 
-    def coded(self, name: str) -> tuple[np.ndarray | None, int, str]:
+    def coded(self, name: str) -> tuple[np.ndarray | None, int, Scope]:
         """The number of each entity's group, -1 where its attribute is missing; how many; and whose it is."""
         joined = self.joined
         if name in ("user", "item"):
-            return None, (joined.users if name == "user" else joined.items).num_rows, name
+            return None, (joined.users if name == "user" else joined.items).num_rows, scope_of(self.schema, name)
         feature = self.schema.feature(name)
         if name not in self._codes:
             entities = joined.users if feature.scope == "user" else joined.items
@@ -223,6 +415,8 @@ class Computation:
         """
         views = self.views
         is_counted = np.ones(len(source_row), np.bool_)
+        if spec.source not in views.sources:
+            return is_counted, np.zeros(len(source_row), np.int64) if isinstance(spec, Sum | Mean) else None
         if spec.event_types is not None:
             types = views.event_types()
             assert types is not None
@@ -237,7 +431,7 @@ class Computation:
             units = in_units(np.where(is_counted, values, np.nan), spec.decimals)
         except ValueError as err:
             place = f"{views.sources[spec.source].place}: derived value {spec.name!r}: value"
-            raise SourceError(f"{place} {err}", hint="scale it in the expression, or give fewer decimals") from err
+            raise SourceError(f"{place} {err}", hint=_SCALE) from err
         return is_counted, units
 
     def _computed(self, spec: Windowed, text: str, field: str) -> np.ndarray:
@@ -319,7 +513,7 @@ class ReadyValues:
         self._lookups = list(computation.lookups())
 
     def of(self, asked: Asked) -> dict[str, np.ndarray]:
-        """Every value, as :func:`compute_derived` gives them.
+        """Every value, as :meth:`Computation.run` gives them.
 
         Args:
             asked: requests and impressions, whether or not a view holds them.
@@ -341,7 +535,7 @@ def raw_values(views: Views, feature: Feature, derived: Derived, found: np.ndarr
         views: that it was computed from.
         feature: that reads it.
         derived: the value.
-        found: ``(n,)``, as :func:`compute_derived` gives them.
+        found: ``(n,)``, as :meth:`Computation.run` gives them.
     """
     if isinstance(derived, AsOf):
         return to_arrow(views.version_values(feature, derived).gather(pl.Series(found).replace(-1, None)))

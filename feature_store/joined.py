@@ -11,7 +11,8 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 
-from feature_store.derived import compute_derived, raw_values
+from feature_store.carried import Carried
+from feature_store.derived import Computation, raw_values
 from feature_store.entities import Entities
 from feature_store.event_checks import EventChecks
 from feature_store.event_log import EventLog
@@ -160,11 +161,13 @@ class Joined:
         requests = _requests(views, shown, user_row, item_row)
         views.notes += check_unit(requests.time, views.time_column("impressions"))
         stage("Sorting events")
-        checks = EventChecks(views, _first_and_last(requests), is_whole=known is None)
+        spans: dict[str, tuple[str, str]] = {}
         if happened is None:
             logs, num_unused = _no_logs(views, users)
         else:
+            checks = EventChecks(views, _first_and_last(requests), is_whole=known is None)
             logs, num_unused = work.logs(views, happened, users, items, checks)
+            spans = checks.spans
         shown_span = span(requests.time)
         joined = cls(
             views=views,
@@ -176,13 +179,27 @@ class Joined:
             user_row=user_row[requests.order[requests.row_start]],
             logs=logs,
             num_unused_events=num_unused,
-            time_spans=checks.spans if shown_span is None else {"impressions": shown_span, **checks.spans},
+            time_spans=spans if shown_span is None else {"impressions": shown_span, **spans},
             happened=None if happened is None or not views.schema.derived else np.flatnonzero(happened.is_valid),
         )
         if not views.schema.derived or not is_derived:
             return joined
         stage("Computing derived values")
-        return replace(joined, derived=compute_derived(joined))
+        return joined.with_derived()[0]
+
+    def with_derived(self, *, before: Carried | None = None, newest: int | None = None) -> tuple[Self, Carried | None]:
+        """The same with the derived values of every impression, and what is carried of them to the next append.
+
+        Args:
+            before: what is carried of the rows that came before these.
+            newest: UTC microseconds; requests to come are not earlier. Nothing is carried if not given.
+
+        Raises:
+            QuarantineError: too many versions are broken.
+            SourceError: an expression does not fit its columns, or does not give what it must.
+        """
+        derived, carried = Computation(self, before).run(newest)
+        return replace(self, derived=derived), carried
 
     @property
     def schema(self) -> Schema:
@@ -220,6 +237,9 @@ class Joined:
     def event_column(self, feature: Feature, history: str) -> pa.Array[Any]:
         """Raw values of an event feature, one an event of the history's log."""
         log = self.logs[history]
+        if "events" not in self.views.sources:  # an append without new events
+            nothing: pa.Array[Any] = pa.nulls(0)
+            return nothing
         if self.views.reads_time(feature):
             times: pa.Array[Any] = pa.array(log.time)
             return times

@@ -4,8 +4,9 @@ Nothing of the build is used but the reading of single columns and the encoder: 
 binary search. For each sampled impression, all valid rows of the views are looked through for its request, its user,
 its item and its events; what is found is encoded and compared with what is stored, number by number.
 
-Of a set that was appended to, each row is compared with what was there when it was written, and the history of an
-appended row with the newest events that a batch reads (:mod:`feature_store.append`).
+Of a set that was appended to, each row is compared with what the logs held when it was written, and the history of an
+appended row with the newest events that a batch reads (:mod:`feature_store.append`). Attributes and their versions are
+taken as they are now: where they were changed since for the past, the rows of before differ.
 
 The order of events is checked on every request, not on a sample: none may be at or after its request.
 """
@@ -159,7 +160,15 @@ class _Truth:
         self._own_time = views.time("impressions")[sources].tolist()
         self._request_time = self._find_request_times()
         self._labels = {task.name: views.labels(task)[sources] for task in self.schema.tasks}
-        self._derived = DerivedTruth(views, self._valid_rows, self._users, self._items, self._request_time)
+        self._derived = DerivedTruth(
+            views,
+            self._valid_rows,
+            self._users,
+            self._items,
+            self._request_time,
+            self._appends,
+            self._generations,
+        )
         self._encoded = {f.name: self._encode(f) for f in self.schema.features}
         self._events = self._find_events()
         self._event_values = self._encode_events()

@@ -13,6 +13,7 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 
+from feature_store.appended import Appends
 from feature_store.sources import to_arrow
 from feature_store.views import Views, version_view
 from recsys.derived import AsOf, Count, Derived, Mean, Ratio, Recency, Sum, Windowed, duration_us
@@ -28,6 +29,8 @@ class DerivedTruth:
         users: ``n`` keys, of each impression.
         items: ``n`` keys, likewise.
         times: ``n`` times, of each impression's request.
+        appends: of the training set; rows of later ones than an impression's own count for nothing.
+        generations: ``n`` generations, of each impression.
     """
 
     def __init__(
@@ -37,6 +40,8 @@ class DerivedTruth:
         users: list[Any],
         items: list[Any],
         times: list[int],
+        appends: Appends,
+        generations: list[int],
     ) -> None:
         self.views = views
         self.schema = views.schema
@@ -46,6 +51,8 @@ class DerivedTruth:
             "item": pl.Series(items, dtype=views.keys("impressions", "item").dtype),
         }
         self._times = times
+        self._appends = appends
+        self._generations = generations
 
     def raw(self, feature: Feature, derived: Derived) -> pa.Array[Any]:
         """The raw values of a feature that reads a derived value, one an impression."""
@@ -64,14 +71,25 @@ class DerivedTruth:
 
     @cached_property
     def _shown(self) -> np.ndarray:
-        """Valid impressions, but for those of requests that contradict themselves."""
-        rows = self._valid_rows("impressions")
+        """Valid impressions, but for those that came too late, and of requests that contradict themselves."""
+        rows: np.ndarray = self._valid_rows("impressions")
+        generations = self._appends.generations("impressions", rows)
+        begin = np.array([self._appends.begin(g) for g in range(len(self._appends.entries) + 1)])
+        is_in_time = self.views.time("impressions")[rows] >= begin[generations]
+        rows, generations = rows[is_in_time], generations[is_in_time]
         keys = self.views.request_keys()
         if keys is None:
             return rows
         columns = {"@user": self.views.keys("impressions", "user"), **self.views.context_columns()}
-        frame = pl.DataFrame({"@request": keys.gather(rows), **{n: c.gather(rows) for n, c in columns.items()}})
-        agrees = pl.all_horizontal(pl.col(name).n_unique().over("@request") == 1 for name in columns)
+        frame = pl.DataFrame(
+            {
+                "@generation": generations,
+                "@request": keys.gather(rows),
+                **{name: column.gather(rows) for name, column in columns.items()},
+            }
+        )
+        request = ["@generation", "@request"]
+        agrees = pl.all_horizontal(pl.col(name).n_unique().over(request) == 1 for name in columns)
         kept: np.ndarray = rows[frame.select(agrees).to_series().to_numpy()]
         return kept
 
@@ -97,13 +115,14 @@ class DerivedTruth:
             values = found.fill_null(np.nan).to_numpy()
             is_counted &= ~np.isnan(values)
         groups = [(self._of_rows(spec.source, name, rows), self._of_asked(name)) for name in spec.by]
+        generations = self._appends.generations(spec.source, rows)
         answers: list[float | None] = []
         for number, moment in enumerate(self._times):
             mine = [asked[number] for _, asked in groups]
             if None in mine:
                 answers.append(None)
                 continue
-            is_found = is_counted & (known < moment)
+            is_found = is_counted & (known < moment) & (generations <= self._generations[number])
             if spec.window is not None:
                 is_found &= time >= moment - duration_us(spec.window)
             for (of_rows, _), value in zip(groups, mine, strict=True):

@@ -201,7 +201,8 @@ class ViewDerived:
         """A value of every item, or of every user, as of a time."""
         value = self._ready.get(spec.name)
         if value is None:
-            ((_, value),) = self._computation.values([spec], self._log(spec.source), spec.by, spec.created)
+            rows = self._computation.rows(self._log(spec.source), spec.by, spec.created)
+            ((_, value),) = self._computation.values([spec], rows)
             # A run asks once: only for who materialises again and again, the sorted rows are kept.
             if spec.name in self._asked:
                 self._ready[spec.name] = value

@@ -18,7 +18,7 @@ partitions (``date=2020-01-01/part.parquet``) are integers if every one is writt
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -60,6 +60,7 @@ __all__ = [
     "settle_key_types",
     "settle_value_types",
     "to_arrow",
+    "words_of",
 ]
 
 Kind = Literal["integer", "number", "boolean", "text", "timestamp", "local", "date", "list", "null", "other"]
@@ -197,17 +198,27 @@ class Source:
         except READ_ERRORS as err:
             raise SourceError(f"{self._broken_file()} cannot be read: {reason_of(err)}") from err
 
-    def computed(self, expression: pl.Expr, uses: Sequence[Use], reader: str) -> pl.Series:
+    def computed(
+        self, expression: pl.Expr, uses: Sequence[Use], reader: str, *, as_numbers: Collection[str] = ()
+    ) -> pl.Series:
         """An expression over all rows, in order, of columns as their uses read them.
+
+        Args:
+            expression: of the columns.
+            uses: how each is read.
+            reader: as messages name it.
+            as_numbers: columns whose integers are read as fractions.
 
         Raises:
             SourceError: it cannot be computed of what the columns hold.
         """
-        typed = self.frame.select(**{use.column: self.typed(use) for use in uses})
+        columns = {use.column: self.typed(use) for use in uses}
+        columns |= {name: column.cast(pl.Float64) for name, column in columns.items() if name in as_numbers}
+        typed = self.frame.select(**columns)
         try:
             return typed.select(value=expression).collect(optimizations=IN_ORDER).to_series()
         except PolarsError as err:
-            kinds = ", ".join(f"{use.column}: {_words(self.kinds[use.column])}" for use in uses)
+            kinds = ", ".join(f"{use.column}: {words_of(self.kinds[use.column])}" for use in uses)
             raise SourceError(
                 f"{self.place}: {reader} must fit its columns ({kinds}), got {type(err).__name__}",
                 hint="compare numbers with numbers and text with text; CAST(x AS DOUBLE) makes a number of text",
@@ -405,8 +416,8 @@ def settle_key_types(sources: Iterable[tuple[Source, str]], *, tolerance: float)
         for source, column in typed[1:]:
             if source.kinds[column] != settled:
                 raise SourceError(
-                    f"{source.place}: column {column!r} must hold {_words(settled)} as {first_source.place} column "
-                    f"{first_column!r} does, got {_words(source.kinds[column])}",
+                    f"{source.place}: column {column!r} must hold {words_of(settled)} as {first_source.place} column "
+                    f"{first_column!r} does, got {words_of(source.kinds[column])}",
                     hint="write the keys with one type in every view",
                 )
     else:
@@ -573,7 +584,7 @@ def _type_problem(use: Use, dtype: pl.DataType, opened: Opened) -> str | None:
         return None
     if kind == "null" or kind in _ACCEPTED[use.role]:
         return None
-    accepted = " or ".join(_words(k) for k in _ACCEPTED[use.role] if k != "local")
+    accepted = " or ".join(words_of(k) for k in _ACCEPTED[use.role] if k != "local")
     return f"{name} must hold {accepted}, got {str(dtype).lower()}"
 
 
@@ -619,8 +630,8 @@ def _agreed_kinds(
                 chosen = kind
             elif kind not in ("null", chosen):
                 raise SourceError(
-                    f"{file.name}: column {name!r} must hold {_words(chosen)} as in {files[0].path.name}, "
-                    f"got {_words(kind)}",
+                    f"{file.name}: column {name!r} must hold {words_of(chosen)} as in {files[0].path.name}, "
+                    f"got {words_of(kind)}",
                     hint="write every part with the same types",
                 )
         kinds[name] = chosen
@@ -652,7 +663,8 @@ def _uniform(name: str, dtype: pl.DataType, kind: Kind) -> pl.Expr:
     return column
 
 
-def _words(kind: Kind) -> str:
+def words_of(kind: Kind) -> str:
+    """What a column holds, as messages say it."""
     return {
         "integer": "integers",
         "number": "floating-point numbers",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Collection, Container, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -72,6 +72,8 @@ class Views:
         quarantines: by name.
         notes: what is no fault, but worth knowing.
         staging: folder for what is not kept.
+        as_numbers: by view, columns of integers that expressions read as fractions, for other files hold them so;
+            none at first.
 
     Raises:
         SourceError: a file or a column is missing or of the wrong type.
@@ -91,6 +93,7 @@ class Views:
         self.staging = staging
         self._max_fraction = max_quarantined_fraction
         self._uses = self._find_uses()
+        self.as_numbers: Mapping[str, Collection[str]] = {}
         self.sources: dict[str, Source] = {
             view: open_source(
                 view,
@@ -266,7 +269,7 @@ class Views:
         """
         expression, columns = row_expression(text, reader)
         uses = [use for use in self.uses(view) if use.column in columns]
-        return self.sources[view].computed(expression, uses, reader)
+        return self.sources[view].computed(expression, uses, reader, as_numbers=self.as_numbers.get(view, ()))
 
     def column_types(self, view: str, texts: Sequence[str]) -> dict[str, str]:
         """Polars types of the columns that SQL expressions read, as they read them."""

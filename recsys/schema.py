@@ -21,6 +21,7 @@ Ids in every table: 0 is padding (never looked up), 1 is unknown (missing, rare 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 from zoneinfo import available_timezones
@@ -245,8 +246,14 @@ FormatSpec = Annotated[
 ]
 
 
+@cache
+def _zones() -> frozenset[str]:
+    """Names of all time zones; finding them looks at hundreds of files."""
+    return frozenset(available_timezones())
+
+
 def _known_zone(name: str) -> str:
-    known = available_timezones()
+    known = _zones()
     if name not in known:
         raise ValueError(f"{name!r} is not a time zone, {nearest(name, known)}")
     return name

@@ -9,6 +9,7 @@
     <split>/requests.arrow           one row a request: user row, time, slices of the event logs, context features
     <split>/impressions.arrow        one row an impression: item row, labels, candidate features
     events/<history>.<n>.arrow       what the n-th append added to the log (:mod:`feature_store.append`)
+    derived/                         what derived values carry to the next append (:mod:`feature_store.carried`)
     parts/<n>/                       its requests and impressions, of all splits; the manifest says which are whose
 
 **A history is a reference**: a request stores ``@start.<history>`` and ``@end.<history>``, a slice of the event log

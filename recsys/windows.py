@@ -271,7 +271,8 @@ class WindowedValue:
         Args:
             spec: what to compute.
             rows: in groups.
-            is_counted: ``(E,)`` bool: rows that the filters let through, and whose value is not missing.
+            is_counted: ``(E,)`` bool: rows that the filters let through, and whose value is not missing. Or int64: how
+                many of them each row stands for.
             units: ``(E,)`` int64: of a sum and of a mean, the values, 0 where not counted (:func:`in_units`).
         """
         length = None if spec.window is None else duration_us(spec.window)
@@ -366,12 +367,26 @@ def in_units(values: np.ndarray, decimals: int) -> np.ndarray:
     known = np.where(np.isnan(values), 0.0, values)
     with np.errstate(over="ignore"):
         units = np.rint(known * 10.0**decimals)
-        total = float(np.abs(units).sum())
-    if not total < 2.0**62:
-        if np.isinf(known).any():
-            raise ValueError("must be finite, got an infinite number")
-        raise ValueError(f"must add up to less than {2**62 // 10**decimals:.1e} with decimals {decimals}, got more")
+    if np.isinf(known).any():
+        raise ValueError("must be finite, got an infinite number")
+    check_units(units, decimals)
     return units.astype(np.int64)
+
+
+def check_units(units: np.ndarray, decimals: int) -> None:
+    """Refuses values whose sums might not be exact.
+
+    Args:
+        units: ``(E,)`` int64 or float64, whole multiples of ``10 ** -decimals``.
+        decimals: of the unit.
+
+    Raises:
+        ValueError: all together may pass 63 bits.
+    """
+    with np.errstate(over="ignore"):
+        total = float(np.abs(units).sum(dtype=np.float64))
+    if not total < 2.0**62:
+        raise ValueError(f"must add up to less than {2**62 // 10**decimals:.1e} with decimals {decimals}, got more")
 
 
 @dataclass(frozen=True)

@@ -8,17 +8,27 @@ import typer
 
 from recsys.commands.options import Json
 
-BENCHMARKS = ("build", "derived", "batches", "train", "score", "online", "long_histories", "search")
+BENCHMARKS = ("build", "append", "derived", "batches", "train", "score", "online", "long_histories", "search")
 """What `all` measures; `build-peers` takes long and wants other packages, so it is asked for by name."""
 
 
 def bench(
     name: Annotated[
         Literal[
-            "build", "build-peers", "derived", "batches", "train", "score", "online", "long_histories", "search", "all"
+            "build",
+            "append",
+            "build-peers",
+            "derived",
+            "batches",
+            "train",
+            "score",
+            "online",
+            "long_histories",
+            "search",
+            "all",
         ],
         typer.Argument(
-            metavar="build|build-peers|derived|batches|train|score|online|long_histories|search|all",
+            metavar="build|append|build-peers|derived|batches|train|score|online|long_histories|search|all",
             help="What to measure.",
         ),
     ],

@@ -109,8 +109,8 @@ def make(seed: int, **changes: Any) -> dict[str, pl.DataFrame]:
     return views
 
 
-def expected(views: dict[str, pl.DataFrame]) -> dict[int, dict[str, Any]]:
-    """Every derived value of every impression, by loops."""
+def expected(views: dict[str, pl.DataFrame], *, first: int = 0) -> dict[int, dict[str, Any]]:
+    """Every derived value of every impression from the ``first`` on, by loops."""
     impressions, events = views["impressions"].to_dicts(), views["events"].to_dicts()
     category = {row["item"]: row["category"] for row in views["items"].to_dicts()}
     earliest: dict[int, int] = {}
@@ -118,7 +118,7 @@ def expected(views: dict[str, pl.DataFrame]) -> dict[int, dict[str, Any]]:
         earliest[row["request"]] = min(earliest.get(row["request"], row["time"]), row["time"])
     hour = DAY // 24
     found = {}
-    for number, row in enumerate(impressions):
+    for number, row in enumerate(impressions[first:], start=first):
         time = earliest[row["request"]]
         user, item = row["user"], row["item"]
 

@@ -20,7 +20,7 @@ from feature_store.leaks import check_leaks
 from feature_store.workspace import exclusive, versions_of
 from recsys.batch import Batch
 from recsys.config import validate
-from recsys.errors import ConfigError, SourceError
+from recsys.errors import SourceError
 from recsys.schema import Schema
 from recsys.training_set import SPLITS, TrainingSet, open_table, write_table
 from tests.feature_store import derived_views
@@ -39,7 +39,7 @@ def write_days(folder: Path, views: dict[str, pl.DataFrame], days: range) -> Non
         for day in days:
             chosen = rows.filter(((pl.col("time") - START) // DAY).clip(0, 9) == day)
             chosen.write_parquet(folder / f"{log}.parquet" / f"day-{day}.parquet")
-    for entity in ("users", "items"):
+    for entity in views.keys() - {"impressions", "events"}:
         views[entity].write_parquet(folder / f"{entity}.parquet")
 
 
@@ -113,11 +113,12 @@ def test_older_versions_stay_readable_until_they_are_pruned(tmp_path: Path) -> N
     TrainingSet.open(tmp_path / "set", verify=True)
 
 
-@pytest.mark.parametrize("num_renames", [0, 1])
+@pytest.mark.parametrize(("num_renames", "is_derived"), [(0, False), (1, False), (0, True), (1, True)])
 def test_an_append_that_is_killed_leaves_the_set_as_it_was(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_renames: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_renames: int, is_derived: bool
 ) -> None:
-    views, schema = make_views(), small()
+    views = derived_views.make(0) if is_derived else make_views()
+    schema = derived_views.schema() if is_derived else small()
     write_days(tmp_path / "views", views, range(8))
     build_training_set(schema, settings(tmp_path, "set"))
     before = TrainingSet.open(tmp_path / "set").fingerprint
@@ -147,6 +148,7 @@ def test_an_append_that_is_killed_leaves_the_set_as_it_was(
     append_to_training_set(schema, settings(tmp_path, "set"))
     assert len(versions_of(tmp_path / "set")) == 1
     TrainingSet.open(tmp_path / "set", verify=True)
+    assert check_leaks(settings(tmp_path, "set"), num_rows=60).differences == ()
 
 
 def test_splits_move_forward_and_vocabularies_grow_behind_their_ids(tmp_path: Path) -> None:
@@ -233,13 +235,6 @@ def test_new_files_may_lack_a_type_but_not_have_the_wrong_unit(tmp_path: Path) -
     summary = append_to_training_set(schema, settings(tmp_path, "set"))
     assert [note.split(" (")[0] for note in summary.notes] == ["history 'clicked': there is no event of type 'click'"]
     assert TrainingSet.open(tmp_path / "set").events["seen"].num_rows > num_clicks
-
-
-def test_derived_values_are_refused_with_what_to_do(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="derived must be empty where a set is appended to, got") as error:
-        append_to_training_set(derived_views.schema(), settings(tmp_path, "set"))
-    assert error.value.hint is not None
-    assert "recsys build CONFIG --force" in error.value.hint
 
 
 @pytest.mark.parametrize("max_age_hours", [None, 60.0])
