@@ -86,6 +86,8 @@ class GradNorm(nn.Module):
 
     With :math:`\ell_t` the mean loss of the task's labelled rows, :math:`W` the shared parameters and
 
+    and :math:`L_t` the sum of the task's losses over them,
+
     .. math:: G_t = \lVert \nabla_W w_t L_t \rVert_2, \qquad
               r_t = \frac{\ell_t / \ell_t(0)}{\operatorname{mean}_u \ell_u / \ell_u(0)}
 
@@ -95,8 +97,10 @@ class GradNorm(nn.Module):
     Source: Chen, Badrinarayanan, Lee, Rabinovich, "GradNorm: Gradient Normalization for Adaptive Loss Balancing in Deep
     Multitask Networks", ICML 2018, equations 1 and 2, algorithm 1.
 
-    Differs from source: a task without a label in a batch is left out of the means, and its weight moves with the
-    scaling alone; :math:`\ell_t(0)` is of the first batch that has the task's label; a weight stays above 0.001.
+    Differs from source: :math:`G_t` is of sums over labelled rows, as the training loss is, so that a task with few
+    labels is pulled up for it; a task without a label in a batch is left out of the means, and its weight moves with
+    the scaling alone; :math:`\ell_t(0)` is of the first batch that has the task's label; a weight is at least 0.001
+    before the scaling.
 
     Args:
         num_tasks: T.
@@ -138,6 +142,7 @@ class GradNorm(nn.Module):
         losses, counts = sums.detach(), num_labelled
         present = counts > 0
         losses = losses / counts.clamp(min=torch.finfo(counts.dtype).tiny)
+        # DIFF(paper): the first batch with the label rather than the first; means over the tasks that are present.
         self.first = torch.where(self.first.isnan() & present, losses, self.first)
         share = present.to(norms.dtype) / present.sum().clamp(min=1)
         ratio = torch.where(present, losses / self.first, 0.0)

@@ -151,9 +151,12 @@ def base_metrics(
     """
     if base == "popularity":
         results = {}
+        train_labels = dict(zip(predictions.tasks, _labels(training_set, "train").T, strict=True))
         for task in predictions.tasks:
-            scores = item_popularity(training_set, split, task)
             labels = predictions.task(task)[1]
+            # Without a label in training no item has a rate, and all are alike.
+            known = not np.isnan(train_labels[task]).all()
+            scores = item_popularity(training_set, split, task) if known else np.full(len(labels), 0.5)
             results[task] = evaluate_scores(labels, probabilities=scores, groups=predictions.groups)
         return results
     trained = TrainedRun.load(base)

@@ -246,3 +246,8 @@ def check_tasks(experiment: ExperimentConfig, schema: Schema, *, source: str) ->
     for name, weight in experiment.training.task_weights.items():
         if weight < 0:
             raise ConfigError(f"{source}: training.task_weights.{name} must be at least 0, got {weight}")
+    if not any(experiment.training.task_weights.get(name, 1.0) > 0 for name in tasks):
+        raise ConfigError(
+            f"{source}: training.task_weights must be more than 0 for one task at least, got 0 for all",
+            hint="nothing would be learnt",
+        )

@@ -17,8 +17,6 @@ from recsys.embeddings import ids_of
 from training.data import LoadedBatch
 from training.optim import TableRows
 
-"""Rows of a batch while counting; decides memory, not the result."""
-
 
 def add_l2(parameters: Iterable[nn.Parameter], coefficient: float) -> None:
     r"""Adds the gradient of an L2 penalty, :math:`\lambda w`, to every parameter's gradient.
@@ -162,7 +160,8 @@ class MiniBatchAwareDecay:
             weight, first = self._rows[table]
             low, high = np.searchsorted(occurring, [start + first, start + first + len(weight)])
             ids = torch.from_numpy(occurring[low:high] - start)
-            keep = (1.0 - lr * self._strength[table][ids]).to(weight.dtype).to(weight.device)[:, None]
+            # DIFF(paper): a row shrinks to 0 at most; a large lambda would turn its sign and then make it grow.
+            keep = (1.0 - lr * self._strength[table][ids]).clamp(min=0.0).to(weight.dtype).to(weight.device)[:, None]
             local = (ids - first).to(weight.device)
             # Not an in-place change in the eyes of autograd: no look-up's backward pass reads the weights.
             weight.data.index_copy_(0, local, weight.data.index_select(0, local) * keep)

@@ -231,8 +231,13 @@ def markdown(table: Mapping[str, Any]) -> str:
         users = {arm["test"][task]["gauc_users"] for arm in arms.values() if task in arm["test"]}
         note = f" GAUC is over {max(users):,} users with both classes." if users else ""
         parts.append("\n".join(lines) + f"\n\nRelaImpr is over `{table['base']}`.{note}\n")
-    selected = next(iter(arms.values()))["selected_by"] if arms else ""
-    closing = f"Mean ± standard deviation over seeds. Each run's epoch was selected by its validation {selected}.\n"
+    rules = {name: arm["selected_by"] for name, arm in arms.items()}
+    if len(set(rules.values())) <= 1:
+        rule = f"Each run's epoch was selected by its validation {next(iter(rules.values()), '')}."
+    else:
+        listed = "; ".join(f"`{name}` by {selected}" for name, selected in rules.items())
+        rule = f"Each run's epoch was selected on the validation split: {listed}."
+    closing = f"Mean ± standard deviation over seeds. {rule}\n"
     return "\n".join([*parts, closing])
 
 

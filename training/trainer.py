@@ -24,6 +24,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn, Self
 
+import numpy as np
 import torch
 from torch import Tensor
 from torchrec.optim.keyed import KeyedOptimizer
@@ -32,7 +33,7 @@ from recsys.errors import CheckpointError, ConfigError, DataError, IntegrityErro
 from recsys.files import append_line, write_json
 from recsys.metrics import Metrics
 from recsys.schema import Schema
-from recsys.training_set import TrainingSet
+from recsys.training_set import TrainingSet, label_column
 from training import schedule
 from training.balancing import build_balance
 from training.checkpoint import CheckpointStore, checkpoint_name
@@ -46,7 +47,7 @@ from training.distill import (
     scoring_teacher,
 )
 from training.evaluate import Predictions, evaluate, plain, predict
-from training.experiment import ExperimentConfig, check_tasks
+from training.experiment import Criterion, ExperimentConfig, check_tasks
 from training.memory import keep_freed_memory
 from training.objective import Objective
 from training.optim import clip_gradients, dense_optimizer, rows_of_tables
@@ -280,6 +281,25 @@ def train_rank(
             tracker.finish(status)
 
 
+def _check_criterion(criterion: Criterion, training_set: TrainingSet) -> None:
+    """Checks that a checkpoint can be chosen, before anything is learnt.
+
+    Raises:
+        DataError: the validation split lacks labels, or one of the classes, of a task.
+    """
+    impressions = training_set.split("validation").impressions
+    for task in criterion.tasks:
+        labels = impressions.array(label_column(task))
+        num_labels, num_positives = int((~np.isnan(labels)).sum()), int((labels > 0).sum())
+        if (criterion.metric in ("auc", "gauc", "ne") and not 0 < num_positives < num_labels) or not num_labels:
+            raise DataError(
+                f"validation {criterion} must be defined, but of task {task!r} the validation split has "
+                f"{num_labels:,} labels, {num_positives:,} of them positive",
+                hint="name another task in training.selection.task; or move data.split.train_end and "
+                "data.split.validation_end so that there are both",
+            )
+
+
 class Trainer:
     """One rank of one run.
 
@@ -312,6 +332,7 @@ class Trainer:
         self._display = display
         self._tracker = tracker
         self._criterion = experiment.criterion(schema)
+        _check_criterion(self._criterion, training_set)
         self._store = CheckpointStore(
             folder.checkpoints, rank=strategy.rank, world=strategy.world, barrier=strategy.barrier
         )
@@ -328,6 +349,9 @@ class Trainer:
         self._rates = LearningRates(groups)
         # Shuffled epochs pack their requests a little differently, so that they may end a few steps sooner or later.
         self._total_steps = self._config.epochs * sum(1 for _ in self._epoch(self._config.batch_size).plan())
+        warmup = self._config.lr_schedule.warmup_steps
+        if warmup > self._total_steps:
+            display.say(f"lr_schedule.warmup_steps is {warmup:,}: longer than the run's {self._total_steps:,} steps")
         self._decay: MiniBatchAwareDecay | None = None
         if self._config.mini_batch_aware_l2:
             display.say("counting the impressions of every id")
@@ -516,8 +540,9 @@ class Trainer:
         value = self._criterion.value(plain(metrics))
         if value is None:
             raise DataError(
-                f"validation {self._criterion} must be defined, but the split has one class only",
-                hint="move data.split.train_end and data.split.validation_end so that it has clicks and non-clicks",
+                f"validation {self._criterion} must be defined",
+                hint="no user has clicks and non-clicks there, say: move data.split.train_end and "
+                "data.split.validation_end, or choose another training.selection.metric",
             )
         train_loss = progress.epoch_loss / progress.epoch_rows
         progress.epoch += 1
@@ -544,6 +569,7 @@ class Trainer:
             "epoch": progress.epoch,
             "train_loss": train_loss,
             "validation": plain(metrics),
+            "selected_by": value,
             "is_best": is_best,
             "lr": self._learning_rates(),
         }
@@ -554,9 +580,9 @@ class Trainer:
             line["teacher_validation"] = plain(self._teacher_metrics("validation"))
         self._write_metrics(line)
         self._save()
-        self._tell(train_loss, metrics, is_best=is_best)
+        self._tell(train_loss, metrics, value, is_best=is_best)
 
-    def _tell(self, train_loss: float, metrics: Mapping[str, Metrics], *, is_best: bool) -> None:
+    def _tell(self, train_loss: float, metrics: Mapping[str, Metrics], value: float, *, is_best: bool) -> None:
         progress = self._progress
         if self._tracker is not None:
             values = _flat_metrics("validation", plain(metrics))
@@ -565,7 +591,9 @@ class Trainer:
         m = metrics[first]
         self._display.say(
             f"epoch {progress.epoch}: train loss {train_loss:.4f}, validation {first} auc {m.auc:.4f} "
-            f"gauc {m.gauc:.4f} logloss {m.logloss:.4f}" + (" (best)" if is_best else "")
+            f"gauc {m.gauc:.4f} logloss {m.logloss:.4f}"
+            + ("" if str(self._criterion) == f"{first}.auc" else f", {self._criterion} {value:.4f}")
+            + (" (best)" if is_best else "")
         )
 
     def _teacher_metrics(self, split: str) -> dict[str, Metrics]:

@@ -297,4 +297,5 @@ class BilinearFusion(nn.Module):
         right_NTKB = right.unflatten(1, (self.num_heads, -1)).unsqueeze(1)
         mapped_KNX = left_KNA @ self.blocks.permute(1, 2, 0, 3).flatten(2)  # one product of all tasks
         mapped_NTKB = mapped_KNX.unflatten(2, (self.num_tasks, -1)).permute(1, 2, 0, 3)
+        # DIFF(paper): both linear terms have a bias, as in the authors' code; the equation has one for all.
         return self.left(left) + self.right(right) + (mapped_NTKB * right_NTKB).sum((2, 3))  # type: ignore[no-any-return]

@@ -53,6 +53,7 @@ def masked_softmax(scores: Tensor, valid: Tensor | None) -> Tensor:
     """
     if valid is None:
         return scores.softmax(-1)
+    # RECONSTRUCTION: padding has no weight, and an empty history gives zeros; the paper's text has no mask.
     valid = valid.unsqueeze(-2)
     weights: Tensor = scores.masked_fill(~valid, torch.finfo(scores.dtype).min).softmax(-1)
     return weights * valid

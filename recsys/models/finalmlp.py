@@ -190,6 +190,7 @@ class FinalMLP(nn.Module):
         joined = JoinedMLP(request_size, row_size, hidden, activation=config.activation, dropout=dropout, norm=norm)
         if context.request_size:
             return RequestGatedMLP(context_size, config.gate_hidden, request_size, row_size, joined)
+        # DIFF(paper): an empty context is one learnt weight a dimension, without the source's dead parameters.
         return StaticGatedMLP(request_size, row_size, joined)
 
     def forward(self, embedded: Embedded) -> Tensor:

@@ -86,7 +86,8 @@ class INFNetConfig(Config):
     )
     residual: bool = Field(
         True,
-        description="[2] add the block's input to proxies and task tokens; paper: in the prose, not in the formulas",
+        description="[2] add the block's input to proxies and task tokens, at any depth; paper: in the prose, not in "
+        "the formulas",
     )
     gate_residual: bool = Field(
         False, description="[2] PGU(X) = X * gate + X; paper: in the prose, not in the formulas"
@@ -196,6 +197,7 @@ class Tokens(nn.Module):
         # DIFF(paper): a linear map, not buckets, because the schema says already which numbers are bucketed.
         self.dense = nn.ModuleList(nn.Linear(f.dim, dim) for f in dense)
         self._histories = [(h.name, event_features(h)) for h in schema.histories]
+        # DIFF(paper): events are looked up in the candidates' tables; the paper's histories have tables of their own.
         # RECONSTRUCTION: attributes side by side, then a map to D.
         self.event = nn.ModuleList(nn.Linear(sum(width[n] for n in names), dim) for _, names in self._histories)
         self.place = nn.ModuleList(

@@ -107,6 +107,7 @@ class Fields(nn.Module):
     def forward(self, embedded: Embedded) -> tuple[Tensor, Tensor]:
         """The fields of every request, and of every row."""
         request = [self._vector(name, embedded.request) for name in self._request]
+        # DIFF(paper): the models of single-valued fields know no histories: one enters as the mean of its events.
         request += [self._pooled(name, embedded.histories[history]) for history, name in self._events]
         rows = [self._vector(name, embedded.candidate) for name in self._rows]
         some = next(iter(embedded.candidate.values()))

@@ -48,6 +48,19 @@ def test_two_batches_of_mini_batch_aware_decay_by_hand() -> None:
     assert torch.equal(weight[[0, 2, 4]], before[[0, 2, 4]])
 
 
+def test_a_row_shrinks_to_nothing_at_most() -> None:
+    """A factor below 0 would turn its sign, and one below -1 make it grow at every step."""
+    weight = torch.ones(3, 1)
+    decay = MiniBatchAwareDecay(
+        {"user_id": [Use("request", "user_id")]},
+        {"user_id": TableRows(weight, 0)},
+        {"user_id": torch.tensor([0, 1, 1000])},
+        1000.0,
+    )
+    decay.apply(users(1, 2), lr=0.05)
+    torch.testing.assert_close(weight, torch.tensor([[1.0], [0.0], [0.95]]))
+
+
 def test_a_rank_shrinks_its_own_rows_by_the_ids_of_all() -> None:
     shard = torch.ones(2, 1)  # rows 2 and 3 of five
     counts = {"user_id": torch.tensor([0, 1, 1, 2, 1])}

@@ -7,7 +7,9 @@ import os
 import signal
 import threading
 from collections.abc import Callable
+from math import nan
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -28,9 +30,9 @@ from training.baselines import item_popularity
 from training.checkpoint import CheckpointStore, checkpoint_name
 from training.console import TrainingDisplay
 from training.evaluate import evaluate, plain, predict
-from training.experiment import ExperimentConfig
+from training.experiment import Criterion, ExperimentConfig, check_tasks
 from training.run import RunFolder, TrainedRun
-from training.trainer import Trainer, TrainResult, train
+from training.trainer import Trainer, TrainResult, _check_criterion, train
 
 
 def checkpoint_tensors(run_dir: Path, name: str) -> dict[str, Tensor]:
@@ -485,7 +487,7 @@ def test_gradient_clipping_bounds_the_dense_step(make_experiment: MakeExperiment
     assert moved[None] > 1e-2
 
 
-def test_a_validation_split_of_one_class_is_an_error_that_says_what_to_do(
+def test_a_metric_that_turns_out_undefined_is_an_error_that_says_what_to_do(
     make_experiment: MakeExperiment, run_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     original = training.trainer.predict
@@ -496,7 +498,7 @@ def test_a_validation_split_of_one_class_is_an_error_that_says_what_to_do(
         return found
 
     monkeypatch.setattr(training.trainer, "predict", unlabelled)
-    with pytest.raises(DataError, match=r"validation click\.auc must be defined(?s:.*)Hint: move data\.split"):
+    with pytest.raises(DataError, match=r"validation click\.auc must be defined(?s:.*)Hint: .*move data\.split"):
         train(make_experiment(), schema(), run_dir, progress=False)
 
 
@@ -595,3 +597,36 @@ def test_a_cosine_ends_with_the_part_of_the_data_that_is_learnt_from(
     rates = [line["lr"]["network"] for line in lines if line["kind"] == "epoch"]
     assert rates[0] == pytest.approx(0.001 * 0.55, rel=0.1), "halfway after the first of two epochs"
     assert rates[1] == pytest.approx(0.001 * 0.1, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("metric", "labels", "message"),
+    [
+        ("auc", [nan, nan], "0 labels, 0 of them positive"),
+        ("auc", [1.0, 1.0], "2 labels, 2 of them positive"),
+        ("gauc", [0.0, 0.0, nan], "2 labels, 0 of them positive"),
+        ("logloss", [nan], "0 labels, 0 of them positive"),
+        ("logloss", [0.0, nan], None),
+        ("auc", [0.0, 1.0, nan], None),
+    ],
+)
+def test_what_chooses_the_checkpoint_is_checked_before_anything_is_learnt(
+    metric: Any, labels: list[float], message: str | None
+) -> None:
+    columns = {label_column("click"): np.array([0.0, 1.0]), label_column("like"): np.array(labels)}
+    impressions = SimpleNamespace(array=columns.__getitem__)
+    training_set: Any = SimpleNamespace(split=lambda _: SimpleNamespace(impressions=impressions))
+    criterion = Criterion(metric, ("click", "like"))
+    if message is None:
+        _check_criterion(criterion, training_set)
+        return
+    with pytest.raises(DataError, match=f"of task 'like' the validation split has {message}") as caught:
+        _check_criterion(criterion, training_set)
+    assert "training.selection.task" in str(caught.value)
+
+
+def test_weights_of_nothing_but_0_are_refused(make_experiment: MakeExperiment) -> None:
+    experiment = make_experiment(task_weights={"click": 0.0, "like": 0.0})
+    with pytest.raises(ConfigError, match=r"training.task_weights must be more than 0 for one task at least"):
+        check_tasks(experiment, schema(), source="test")
+    check_tasks(make_experiment(task_weights={"click": 0.0}), schema(), source="test")

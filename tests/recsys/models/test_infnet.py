@@ -9,11 +9,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
+from torch.utils.flop_counter import FlopCounterMode
 
 from recsys.config import validate
-from recsys.embedded import Embedded
+from recsys.embedded import Embedded, EmbeddedHistory
 from recsys.errors import ConfigError, SchemaError
 from recsys.layers.token_attention import ProxyGate
+from recsys.models import build_model
 from recsys.models.infnet import QUERIES, INFNet, INFNetConfig, build_infnet, plan_blocks
 from recsys.schema import Schema
 from tests.references import infnet as reference
@@ -256,3 +258,23 @@ def test_bad_schemas_and_configs_are_refused() -> None:
     ):
         with pytest.raises(ConfigError, match=words):
             validate(INFNetConfig, {"kind": "infnet", "embedding_dim": 4, **options}, source="test")
+
+
+def test_the_cost_is_linear_in_the_events() -> None:
+    """Histories twice, three and four times as long cost once, twice and three times as much more."""
+    model = build_model(INFNetConfig(embedding_dim=8, num_blocks=2), schema(), TABLE_SIZES).eval()
+    embedded = model.lookup(random_batch(4, seed=1))
+
+    def cost(times: int) -> int:
+        histories = {
+            name: EmbeddedHistory(
+                {k: v.repeat(1, times, 1) for k, v in h.features.items()}, h.lengths, h.times.repeat(1, times)
+            )
+            for name, h in embedded.histories.items()
+        }
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            model.network(embedded._replace(histories=histories))
+        return counter.get_total_flops()
+
+    first, second, third, fourth = (cost(times) for times in (1, 2, 3, 4))
+    assert second - first == third - second == fourth - third > 0
