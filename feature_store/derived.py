@@ -262,7 +262,7 @@ class Computation:
         since = None
         if created is not None:
             is_read = log.source in self.views.sources
-            since = self.views.created(log.source, created)[log.source_row] if is_read else _NOTHING
+            since = self.views.created(log.source, created, log.source_row) if is_read else _NOTHING
         if before is None:
             return FamilyRows(log, by, log.user_row, log.item_row, log.time, since)
         if since is not None:
@@ -458,9 +458,9 @@ class Computation:
         row_of_entity = entities.rows_of(views.keys(view.name, view.of).gather(rows))
         is_known = row_of_entity > 0
         rows, row_of_entity = rows[is_known], row_of_entity[is_known]
-        created = None if view.created is None else views.created(view.name, view.created)[rows]
+        created = None if view.created is None else views.created(view.name, view.created, rows)
         ranks = _ranks(views.version_columns(view.name)[rows])
-        return rows, LatestVersion.build(row_of_entity, views.time(view.name)[rows], created, ranks)
+        return rows, LatestVersion.build(row_of_entity, views.version_times(view.name, rows), created, ranks)
 
     def _versions(self, view: VersionedView) -> Iterator[tuple[AsOf, Lookup]]:
         """The version that each value of one view reads."""

@@ -6,8 +6,8 @@ import polars as pl
 
 from feature_store.time_spans import TimeCounts, check_overlap, check_unit
 from feature_store.views import Views
+from recsys.derived import Windowed
 from recsys.errors import SourceError, nearest
-from recsys.schema import History
 
 
 class EventChecks:
@@ -45,12 +45,17 @@ class EventChecks:
         if impressions is not None:
             self.spans, notes = check_overlap(self.times, None, impressions, column)
             views.notes += notes
+        if not self.times.is_typed:
+            return
         for history in views.schema.histories:
-            if history.event_types is not None and self.times.is_typed:
-                self._check_types(history, history.event_types)
+            if history.event_types is not None:
+                self._check_types(f"history {history.name!r}", history.event_types)
+        for spec in views.schema.derived:
+            if isinstance(spec, Windowed) and spec.source == "events" and spec.event_types is not None:
+                self._check_types(f"derived value {spec.name!r}", spec.event_types)
 
-    def _check_types(self, history: History, event_types: tuple[str, ...]) -> None:
-        """Names the types of a history that never occur.
+    def _check_types(self, reader: str, event_types: tuple[str, ...]) -> None:
+        """Names the types of a history, or of a derived value, that never occur.
 
         That is an error if none occurs, or if one occurs written otherwise (in case, spaces, ``-`` and ``_``): it
         cannot be meant. Else it is a note: a sample may lack a type that is rare.
@@ -62,17 +67,16 @@ class EventChecks:
         for name in absent:
             if _letters(name) in written:
                 raise SourceError(
-                    f"{place}: history {history.name!r} must name event types as they are written, got {name!r}",
+                    f"{place}: {reader} must name event types as they are written, got {name!r}",
                     hint=f"did you mean {written[_letters(name)]!r}?",
                 )
         if self._is_whole and self.times.num_rows and len(absent) == len(set(event_types)):
             raise SourceError(
-                f"{place}: history {history.name!r} must find events of type {', '.join(event_types)}, got none",
+                f"{place}: {reader} must find events of type {', '.join(event_types)}, got none",
                 hint=nearest(event_types[0], present),
             )
         self._views.notes += [
-            f"history {history.name!r}: there is no event of type {name!r} ({nearest(name, present)})"
-            for name in absent
+            f"{reader}: there is no event of type {name!r} ({nearest(name, present)})" for name in absent
         ]
 
 

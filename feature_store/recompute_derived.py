@@ -99,7 +99,7 @@ class DerivedTruth:
         time = views.time(spec.source)[rows]
         known = time + (0 if spec.known_after is None else duration_us(spec.known_after))
         if spec.created is not None:
-            known = np.maximum(known, views.created(spec.source, spec.created)[rows])
+            known = np.maximum(known, views.created(spec.source, spec.created, rows))
         is_counted = np.ones(len(rows), np.bool_)
         place = f"derived value {spec.name!r}"
         if spec.event_types is not None:
@@ -160,8 +160,8 @@ class DerivedTruth:
         views, view = self.views, version_view(self.schema, spec.view)
         assert view is not None
         rows = self._valid_rows(spec.view)
-        time = views.time(spec.view)[rows]
-        created = time if view.created is None else views.created(spec.view, view.created)[rows]
+        time = views.version_times(spec.view, rows)
+        created = time if view.created is None else views.created(spec.view, view.created, rows)
         keys = views.keys(spec.view, view.of).gather(rows)
         columns = views.version_columns(spec.view)[rows]
         ordered = columns.with_columns(

@@ -224,7 +224,7 @@ class ViewDerived:
         for name in family.codes:
             columns[code_column(name)] = self._codes(name)[log.item_row]
         if family.created is not None:
-            columns[KNOWN] = self._joined.views.created(family.source, family.created)[log.source_row]
+            columns[KNOWN] = self._joined.views.created(family.source, family.created, log.source_row)
         order = np.flatnonzero(is_any)
         order = order[np.lexsort((log.time[order], log.user_row[order]))]
         users = self._joined.users.num_rows

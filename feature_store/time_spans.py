@@ -46,6 +46,9 @@ _FACTORS = (1_000, 1_000_000, 1_000_000_000)
 _UNITS: tuple[TimeUnit, ...] = ("ns", "us", "ms", "s")
 _BEGIN, _END = (int(datetime(year, 1, 1, tzinfo=UTC).timestamp()) * 1_000_000 for year in (_FIRST_YEAR, _LAST_YEAR))
 
+EARLIEST = _BEGIN
+"""Times before this one, UTC microseconds, are taken for another unit's where nothing speaks for them."""
+
 
 @dataclass(frozen=True)
 class TimeColumn:
@@ -56,12 +59,14 @@ class TimeColumn:
         field: of the schema, such as ``views.events``.
         column: its name.
         unit: declared unit of integers; None where the values are no integers.
+        name: of the time within the field.
     """
 
     place: str
     field: str
     column: str
     unit: TimeUnit | None
+    name: str = "time"
 
 
 def span(times: np.ndarray) -> tuple[str, str] | None:
@@ -189,11 +194,11 @@ def check_unit(times: np.ndarray | TimeCounts, of: TimeColumn) -> list[str]:
     if early < _SHARE * num_rows:
         return [
             (
-                f"{of.field}.time: {early:,} of {num_rows:,} times of column {of.column!r} lie before {_FIRST_YEAR}, "
-                f"from {iso(first)} on, and the others do not: two units may be mixed"
+                f"{of.field}.{of.name}: {early:,} of {num_rows:,} times of column {of.column!r} lie before "
+                f"{_FIRST_YEAR}, from {iso(first)} on, and the others do not: two units may be mixed"
             )
         ]
-    read = f"{of.place}: {of.field}.time: column {of.column!r}"
+    read = f"{of.place}: {of.field}.{of.name}: column {of.column!r}"
     for factor in _FACTORS:
         begin, end = _BEGIN // factor, _END // factor
         if counts.before(end) - counts.before(begin) < _SHARE * num_rows:
@@ -207,12 +212,13 @@ def check_unit(times: np.ndarray | TimeCounts, of: TimeColumn) -> list[str]:
             )
         likely = _UNITS[_UNITS.index(of.unit) + _FACTORS.index(factor) + 1 :][:1]
         if likely:
+            hint = f"declare {of.field}.time_unit: {likely[0]}"
             raise SourceError(
                 f"{read} must hold times in {of.unit}, its declared unit, but read so they are {iso(first)} to "
                 f"{iso(last)}; in {likely[0]} they would be {meant}",
-                hint=f"declare {of.field}.time_unit: {likely[0]}",
+                hint=hint if of.name == "time" else f"{hint}; {of.field}.time must be in the same unit",
             )
-    note = f"{of.field}.time: {iso(first)} to {iso(last)}, before {_FIRST_YEAR}"
+    note = f"{of.field}.{of.name}: {iso(first)} to {iso(last)}, before {_FIRST_YEAR}"
     return [f"{note}, is right only if the times of column {of.column!r} tell nothing but the order of the rows"]
 
 

@@ -20,7 +20,7 @@ from feature_store.sources import (
     settle_key_types,
     settle_value_types,
 )
-from feature_store.time_spans import TimeColumn
+from feature_store.time_spans import TimeColumn, check_unit
 from recsys.derived import AsOf, Mean, Ratio, Sum, Windowed
 from recsys.schema import EventsView, Feature, FormatSpec, ImpressionsView, Schema, Task, VersionedView
 
@@ -250,16 +250,53 @@ class Views:
 
     def time_column(self, view: str) -> TimeColumn:
         """The time column of a log as messages name it; text counts as integers if its first value is one."""
+        log = self._log(view)
+        assert log is not None
+        return self._time_column(view, log.time, "time")
+
+    def _time_column(self, view: str, column: str, name: str) -> TimeColumn:
         log, source = self._log(view), self.sources[view]
         assert log is not None
-        kind = source.kinds[log.time]
-        is_integer = kind == "integer" or (kind == "text" and source.begins_with_integer(log.time))
-        return TimeColumn(source.place, f"views.{view}", log.time, log.time_unit if is_integer else None)
+        kind = source.kinds[column]
+        is_integer = kind == "integer" or (kind == "text" and source.begins_with_integer(column))
+        field = f"views.versions: {view!r}" if isinstance(log, VersionedView) else f"views.{view}"
+        return TimeColumn(source.place, field, column, log.time_unit if is_integer else None, name)
 
-    def created(self, view: str, column: str) -> np.ndarray:
-        """``(num_rows,)`` int64: since when each row is known, UTC microseconds, of valid rows."""
+    def created(self, view: str, column: str, rows: np.ndarray) -> np.ndarray:
+        """Since when rows of a view are known, UTC microseconds.
+
+        Args:
+            rows: ``(n,)`` int64, valid ones.
+
+        Returns:
+            ``(n,)`` int64.
+
+        Raises:
+            SourceError: these times were read in too fine a unit, so that all would be known since 1970.
+        """
         use = self._time_use(view, column, "created")
-        return self.sources[view].column(use).fill_null(-1).to_numpy()
+        times: np.ndarray = self.sources[view].column(use).fill_null(-1).to_numpy()[rows]
+        self._check_times(times, self._time_column(view, column, "created"))
+        return times
+
+    def version_times(self, view: str, rows: np.ndarray) -> np.ndarray:
+        """Since when versions hold, UTC microseconds.
+
+        Args:
+            rows: ``(n,)`` int64, valid ones.
+
+        Returns:
+            ``(n,)`` int64.
+
+        Raises:
+            SourceError: these times were read in too fine a unit, so that all would hold since 1970.
+        """
+        times: np.ndarray = self.time(view)[rows]
+        self._check_times(times, self.time_column(view))
+        return times
+
+    def _check_times(self, times: np.ndarray, column: TimeColumn) -> None:
+        self.notes += [note for note in check_unit(times, column) if note not in self.notes]
 
     def computed(self, view: str, text: str, reader: str) -> pl.Series:
         """An SQL expression over every row of a view; its columns are as their first use reads them.

@@ -62,6 +62,12 @@ def histories_of(schema: Schema, event: Event) -> list[str]:
     """
     if not 0 <= event.time < MAX_TIME:
         raise DataError("time must lie between 1970 and 2200, in UTC microseconds, got another")
+    for what, key in (("user", event.user), ("item", event.item)):
+        if isinstance(key, int) and key < 0 and schema.views.negative_keys == "quarantine":
+            raise DataError(
+                f"the {what}'s key must be at least 0, got {key}: a build sets such rows aside",
+                hint="negative keys mostly stand for nobody; views.negative_keys: keep takes them",
+            )
     typed = [h for h in schema.histories if h.event_types is not None]
     if typed and event.type is None:
         assert schema.views.events is not None

@@ -21,6 +21,10 @@ def push(
         list[str] | None,
         typer.Argument(metavar="EVENT...", help="JSON objects, columns of the events view; from stdin otherwise."),
     ] = None,
+    any_time: Annotated[
+        bool,
+        typer.Option("--any-time", help="Take times before 1990 too, of logs whose times only number the rows."),
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Add events to users' histories and derived values: the next request sees them.
@@ -50,7 +54,7 @@ def push(
             if not line.strip():
                 continue
             try:
-                histories, derived = online.push(_event(line, online))
+                histories, derived = online.push(_event(line, online, any_time=any_time))
             except DataError as err:
                 raise type(err)(f"event {number}: {err.message}", hint=err.hint) from err
             num_events += 1
@@ -70,12 +74,13 @@ def push(
     print_facts(store, {"events": num_events, **facts, "in no history, change nothing": num_unused})
 
 
-def _event(line: str, online: Any) -> Any:
+def _event(line: str, online: Any, *, any_time: bool) -> Any:
     """One event from its JSON."""
     import json
     import time
 
     from feature_store.online.pushing import Event
+    from feature_store.time_spans import EARLIEST, iso
     from recsys.errors import DataError
 
     try:
@@ -95,11 +100,17 @@ def _event(line: str, online: Any) -> Any:
     when = given.pop(view.time, None)
     if when is not None and (isinstance(when, bool) or not isinstance(when, (int, str))):
         raise DataError(f"{view.time!r} must be ISO 8601 text or UTC microseconds")
+    at = time.time_ns() // 1000 if when is None else microseconds(str(when))
+    if not any_time and at < EARLIEST:
+        raise DataError(
+            f"{view.time!r} must be ISO 8601 text or UTC microseconds, got {when}, which is {iso(at)}",
+            hint="seconds times 1,000,000 are microseconds; --any-time takes it as it is",
+        )
     kind = None if view.type is None else given.pop(view.type, None)
     return Event(
         user=keys["user"],
         item=keys["item"],
-        time=time.time_ns() // 1000 if when is None else microseconds(str(when)),
+        time=at,
         type=None if kind is None else str(kind),
         values=given,
     )

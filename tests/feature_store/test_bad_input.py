@@ -501,6 +501,55 @@ def seconds_declared_as_microseconds(place: Place) -> None:
     place.data["split"] = {**SPLIT, "train_start": START}
 
 
+def _with_created(place: Place, created: pl.Expr) -> None:
+    place.frames["events"] = place.frames["events"].with_columns(created=created)
+    place.schema["derived"] = [
+        {"name": "clicks", "kind": "count", "by": ["user"], "event_types": ["click"], "created": "created"}
+    ]
+    place.schema["features"].append(
+        {"name": "clicks", "kind": "dense", "scope": "context", "transform": {"kind": "keep"}}
+    )
+
+
+@fails(
+    SourceError, "events.parquet: views.events.created", "must hold times in us", "'created'", "1970", "time_unit: s"
+)
+def seconds_since_when_events_are_known(place: Place) -> None:
+    _with_created(place, pl.col("time") // 1_000_000)
+
+
+@fails(SourceError, "events.parquet: views.events.created", "1,000,000 times as long")
+def moments_of_1970_since_when_events_are_known(place: Place) -> None:
+    _with_created(place, pl.from_epoch(pl.col("time") // 1_000_000, "us").dt.replace_time_zone("UTC"))
+
+
+@fails(SourceError, "prices.parquet: views.versions: 'prices'.time", "must hold times in us", "time_unit: s")
+def seconds_since_when_versions_hold(place: Place) -> None:
+    items = place.frames["items"]["item"]
+    place.frames["prices"] = pl.DataFrame(
+        {"item": items, "since": [START // 1_000_000] * len(items), "cost": [1.0] * len(items)}
+    )
+    place.schema["views"]["versions"] = [
+        {"name": "prices", "of": "item", "path": "prices.parquet", "key": "item", "time": "since"}
+    ]
+    place.schema["derived"] = [{"name": "cost", "kind": "as_of", "view": "prices"}]
+    place.schema["features"].append(
+        {"name": "cost", "kind": "dense", "scope": "candidate", "transform": {"kind": "keep"}}
+    )
+
+
+@fails(SourceError, "derived value 'clicks'", "as they are written, got 'Click'", "did you mean 'click'")
+def a_derived_value_of_a_type_written_otherwise(place: Place) -> None:
+    _with_created(place, pl.col("time"))
+    place.schema["derived"][0]["event_types"] = ["Click"]
+
+
+@fails(SourceError, "derived value 'clicks'", "must find events of type clcik, got none", "click")
+def a_derived_value_of_a_type_that_never_occurs(place: Place) -> None:
+    _with_created(place, pl.col("time"))
+    place.schema["derived"][0]["event_types"] = ["clcik"]
+
+
 @sets_aside("events", "time does not exist in Europe/Berlin")
 def local_times_that_the_clock_skipped(place: Place) -> None:
     place.view("events")["time_zone"] = "Europe/Berlin"

@@ -196,3 +196,17 @@ def test_events_that_are_none(world: World, tmp_path: Path, run: Callable[..., A
     done = run("push", location, "--model", world.artifact, event)
     assert done.exit_code == 2
     assert words in done.stderr
+
+
+@pytest.mark.parametrize("time", [1_735_689_600, 1_735_689_600_000], ids=["seconds", "milliseconds"])
+def test_a_pushed_time_in_another_unit_is_told(
+    world: World, tmp_path: Path, run: Callable[..., Any], time: int
+) -> None:
+    location = f"lmdb:{tmp_path / 'online'}"
+    filled(world, location).close()
+    event = json.dumps({"user_id": 424244, "item_id": 5, "type": "view", "time": time})
+    done = run("push", location, "--model", world.artifact, event)
+    assert done.exit_code == 2
+    assert f"got {time}, which is 1970-01" in done.stderr
+    done = run("push", location, "--model", world.artifact, event, "--any-time", "--json")
+    assert json.loads(done.stdout)["pushed"]["seen"] == 1

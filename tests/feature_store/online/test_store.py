@@ -212,6 +212,8 @@ def test_limits_are_those_of_the_first_write(training_set: TrainingSet, fresh: F
     ("event", "words"),
     [
         (Event(1, 2, -1, "click"), "time must lie between 1970 and 2200"),
+        (Event(-1, 2, 10**15, "click"), "the user's key must be at least 0, got -1"),
+        (Event(1, -2, 10**15, "click"), "the item's key must be at least 0, got -2"),
         (Event(1, 2, 5), "type must be given"),
         (Event(1, 2, 5, "click", {"dwel": 3}), "'dwel' must be a column that a history reads"),
         (Event("one", 2, 5, "click"), "user_id must hold integers"),
