@@ -575,7 +575,7 @@ def test_told_to_stop_it_answers_what_is_under_way_and_ends_well(world: World) -
                     reply = client.post("/rank", json={**BODY, "candidates": [ITEM] * 2000})
                 except httpx.ConnectError:
                     return  # it no longer listens
-                except httpx.RemoteProtocolError as err:
+                except (httpx.RemoteProtocolError, httpx.ReadError, httpx.WriteError) as err:
                     closed.append(str(err))
                     return
                 statuses.append(reply.status_code)
@@ -593,8 +593,10 @@ def test_told_to_stop_it_answers_what_is_under_way_and_ends_well(world: World) -
     assert status == 0
     assert err == ""
     assert set(statuses) == {200}
-    # A kept-alive connection that was closed between two requests: nothing was under way on it.
-    assert all("without sending a response" in message for message in closed)
+    # A kept-alive connection that was closed between two requests: nothing was under way on it. Where the next request
+    # meets the closing, the system resets the connection.
+    told = ("without sending a response", "Connection reset by peer", "Broken pipe")
+    assert all(any(words in message for words in told) for message in closed)
 
 
 def test_an_artifact_that_cannot_be_used_ends_the_process(tmp_path: Path) -> None:
