@@ -23,6 +23,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 import torch
 from pydantic import Field
 from torch import Tensor, nn
+from torch.nn import functional
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.modules.fused_embedding_modules import FusedEmbeddingBagCollection
 from torchrec.optim.fused import FusedOptimizerModule
@@ -277,6 +278,25 @@ def table_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     }
 
 
+class _SingleIdBag(nn.EmbeddingBag):
+    """A sum over bags that all hold one id: the id's vector, without the sorting that gradients of bags take."""
+
+    def forward(
+        self,
+        input: Tensor,  # noqa: A002 - TorchRec passes it by this name
+        offsets: Tensor | None = None,  # noqa: ARG002
+        per_sample_weights: Tensor | None = None,  # noqa: ARG002
+    ) -> Tensor:
+        return functional.embedding(input, self.weight, sparse=self.sparse)
+
+    @classmethod
+    def of(cls, bag: nn.EmbeddingBag, *, sparse: bool) -> _SingleIdBag:
+        """The same table with the same parameter, its gradient sparse or not."""
+        single = cls(bag.num_embeddings, bag.embedding_dim, mode=bag.mode, sparse=sparse, _weight=bag.weight.data)
+        single.weight = bag.weight
+        return single
+
+
 def optimize_tables(
     tables: dict[str, nn.Parameter], model: nn.Module, config: AdamConfig | LazyAdamConfig
 ) -> KeyedOptimizer:
@@ -284,19 +304,22 @@ def optimize_tables(
 
     Args:
         tables: by name, from :func:`table_parameters`; on their device.
-        model: theirs; for ``lazy_adam``, its look-ups are told to give sparse gradients.
+        model: theirs; its look-ups give sparse gradients for ``lazy_adam``, dense ones else.
     """
+    sparse = isinstance(config, LazyAdamConfig)
+    for module in model.modules():
+        if isinstance(module, EmbeddingBagCollection):
+            for name, bag in module.embedding_bags.items():
+                bag.sparse = sparse
+                if bag.mode == "sum":  # sets are averaged
+                    module.embedding_bags[name] = _SingleIdBag.of(bag, sparse=sparse)
     if isinstance(config, LazyAdamConfig):
-        for module in model.modules():
-            if isinstance(module, EmbeddingBagCollection):
-                for bag in module.embedding_bags.values():
-                    bag.sparse = True
         return KeyedOptimizerWrapper(
             dict(tables), lambda values: LazyAdam(values, lr=config.lr, betas=config.betas, eps=config.eps)
         )
-    # The fused kernel goes over a table once where the plain one goes seven times.
     optimizer = KeyedOptimizerWrapper(
         dict(tables),
+        # As for the dense parameters: one pass over a table instead of seven.
         lambda values: torch.optim.Adam(values, config.lr, betas=config.betas, eps=config.eps, fused=True),
     )
     _allocate_state(optimizer)
@@ -344,14 +367,15 @@ def dense_optimizer(
     """
 
     def build(values: Iterable[Tensor]) -> torch.optim.Optimizer:
+        # Fused kernels go over a parameter once where the plain ones go seven times.
         match config:
             case DenseAdamConfig():
                 return torch.optim.Adam(
-                    values, config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay
+                    values, config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay, fused=True
                 )
             case DenseAdamWConfig():
                 return torch.optim.AdamW(
-                    values, config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay
+                    values, config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay, fused=True
                 )
             case DenseAdagradConfig():
                 return torch.optim.Adagrad(values, config.lr, eps=config.eps, weight_decay=config.weight_decay)

@@ -295,7 +295,14 @@ class BilinearFusion(nn.Module):
         """Fuses every row: -> (N, T)."""
         left_KNA = left.unflatten(1, (self.num_heads, -1)).transpose(0, 1)
         right_NTKB = right.unflatten(1, (self.num_heads, -1)).unsqueeze(1)
-        mapped_KNX = left_KNA @ self.blocks.permute(1, 2, 0, 3).flatten(2)  # one product of all tasks
-        mapped_NTKB = mapped_KNX.unflatten(2, (self.num_tasks, -1)).permute(1, 2, 0, 3)
+        # The linear terms ride along, so that nobody goes over the wide inputs for them: that of a is one more column
+        # of the blocks, to be multiplied by 1, and w2' c = sum_j w2_j' c_j is added to what c_j is multiplied by.
+        left_TKA1 = self.left.weight.view(self.num_tasks, *left_KNA.shape[::2], 1)
+        right_TKB = self.right.weight.view(self.num_tasks, self.num_heads, -1)
+        columns_KAX = torch.cat([self.blocks, left_TKA1], dim=3).permute(1, 2, 0, 3).flatten(2)
+        mapped_KNTB1 = (left_KNA @ columns_KAX).unflatten(2, (self.num_tasks, -1))  # one product of all tasks
+        mapped_NTKB1 = mapped_KNTB1.permute(1, 2, 0, 3)
+        mapped_NTKB, linear_NTK1 = mapped_NTKB1.split([right_TKB.shape[2], 1], dim=3)
         # DIFF(paper): both linear terms have a bias, as in the authors' code; the equation has one for all.
-        return self.left(left) + self.right(right) + (mapped_NTKB * right_NTKB).sum((2, 3))  # type: ignore[no-any-return]
+        bias_T = self.left.bias + self.right.bias
+        return ((mapped_NTKB + right_TKB) * right_NTKB).sum((2, 3)) + linear_NTK1.sum((2, 3)) + bias_T  # type: ignore[no-any-return]

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from recsys.errors import ConfigError
-from recsys.layers.activations import ActivationName, build_activation
+from recsys.layers.activations import ActivationName, ReLU, build_activation
 from recsys.layers.dropout import Dropout
 
 
@@ -25,7 +25,10 @@ class _AfterLinear(nn.Module):
         self.dropout = Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.dropout(self.activation(self.norm(x)))  # type: ignore[no-any-return]
+        x = self.norm(x)
+        if isinstance(self.activation, ReLU):
+            return self.dropout.of_relu(x)
+        return self.dropout(self.activation(x))  # type: ignore[no-any-return]
 
 
 def _check(sizes: Sequence[int], dropout: float) -> None:

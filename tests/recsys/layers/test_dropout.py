@@ -51,3 +51,18 @@ def test_eval_and_zero_return_the_input() -> None:
 def test_a_share_of_one_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"dropout must be in \[0, 1\), got 1"):
         Dropout(1.0)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("training", [True, False])
+def test_dropout_of_relu_is_dropout_after_relu(p: float, training: bool) -> None:
+    layer = Dropout(p).train(training)
+    results = []
+    for function in (lambda x: layer(torch.relu(x)), lambda x: layer.of_relu(x * 1.0)):
+        x = torch.randn(257, 33, generator=torch.Generator().manual_seed(3)).requires_grad_()
+        torch.manual_seed(5)
+        y = function(x)
+        y.square().sum().backward()
+        results.append((y.detach(), x.grad))
+    torch.testing.assert_close(results[1], results[0])
+    assert (results[0][0] != 0).any()
