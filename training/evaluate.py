@@ -14,9 +14,9 @@ from torch import nn
 
 from recsys.errors import ConfigError
 from recsys.metrics import Metrics, evaluate_scores, rela_impr
-from recsys.training_set import SOURCE_ROW, USER_ROW, TrainingSet, end_column, label_column, start_column
+from recsys.training_set import SOURCE_ROW, USER_ROW, TrainingSet, label_column
 from training.baselines import item_popularity
-from training.data import BatchLoader
+from training.data import BatchLoader, history_lengths
 from training.run import TrainedRun
 from training.strategy import SingleProcess, Strategy
 
@@ -79,7 +79,13 @@ def predict(
         strategy = SingleProcess("cpu" if parameter is None else str(parameter.device))
     part = training_set.split(split)
     loader = BatchLoader(
-        training_set, split, batch_size, rank=strategy.rank, world=strategy.world, history_length=history_length
+        training_set,
+        split,
+        batch_size,
+        rank=strategy.rank,
+        world=strategy.world,
+        history_length=history_length,
+        by_length=True,
     )
     num_tasks = len(training_set.schema.tasks)
     scores, positions = [np.zeros((0, num_tasks), np.float32)], [np.zeros(0, np.int64)]
@@ -97,18 +103,20 @@ def predict(
     finally:
         model.train(was_training)
     logits = np.concatenate(strategy.all_gather(np.concatenate(scores)))
-    # Ranks hold consecutive parts of every batch: a stable sort by batch puts the split's order back.
+    # Ranks hold consecutive parts of every batch: a stable sort by batch puts the loader's order back.
     order = np.argsort(np.concatenate(strategy.all_gather(np.concatenate(positions))), kind="stable")
+    in_split = np.empty_like(logits)
+    in_split[_rows_of(np.concatenate([np.zeros(0, np.int64), *loader.plan()]), part.row_offsets)] = logits[order]
     rows = np.diff(part.row_offsets)
     schema = training_set.schema
     return Predictions(
         tasks=tuple(task.name for task in schema.tasks),
-        logits=logits[order],
+        logits=in_split,
         labels=_labels(training_set, split),
         user_row=np.repeat(part.requests.array(USER_ROW), rows),
         request=np.repeat(np.arange(part.num_requests), rows),
         source_row=np.array(part.impressions.array(SOURCE_ROW)),
-        history_length=np.repeat(_history_lengths(training_set, split), rows),
+        history_length=np.repeat(history_lengths(training_set, split), rows),
     )
 
 
@@ -118,13 +126,11 @@ def _labels(training_set: TrainingSet, split: str) -> np.ndarray:
     return np.stack(columns, axis=1)
 
 
-def _history_lengths(training_set: TrainingSet, split: str) -> np.ndarray:
-    part = training_set.split(split)
-    longest = np.zeros(part.num_requests, np.int64)
-    for history in training_set.schema.histories:
-        length = part.requests.array(end_column(history.name)) - part.requests.array(start_column(history.name))
-        np.maximum(longest, length, out=longest)
-    return longest
+def _rows_of(requests: np.ndarray, row_offsets: np.ndarray) -> np.ndarray:
+    """The rows of some requests, in their order."""
+    starts, sizes = row_offsets[requests], row_offsets[requests + 1] - row_offsets[requests]
+    rows: np.ndarray = np.arange(sizes.sum()) + np.repeat(starts - (np.cumsum(sizes) - sizes), sizes)
+    return rows
 
 
 def evaluate(predictions: Predictions) -> dict[str, Metrics]:

@@ -1,6 +1,6 @@
 r"""Scaling studies: the same experiment at many sizes, one pass over the data each, and the curves through the results.
 
-An *axis* is one setting of the experiment with its values, such as ``model.num_blocks`` or ``training.data_fraction``.
+An *axis* is one setting of the experiment with its values, such as ``model.num_layers`` or ``training.data_fraction``.
 Every axis is varied alone around the experiment as given, or all in a full grid. Each size is trained with several
 seeds. What a size costs is counted, not timed: parameters outside tables, training rows, and floating-point operations
 of the network.

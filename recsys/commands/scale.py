@@ -37,7 +37,7 @@ def scale(
 
     \b
     Example:
-        recsys scale configs/experiment/suan_simulated.yaml --vary model.num_blocks=1,2,4 \\
+        recsys scale configs/experiment/suan_simulated.yaml --vary model.num_layers=1,2,4 \\
             --vary training.data_fraction=0.01,0.03,0.1,0.3,1 --vary training.history_length=5,10,20,50 \\
             --seeds 3 --target 0.74 --workers 2
     """  # noqa: D301

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 import traceback
 from collections.abc import Generator
 from contextlib import closing
+from dataclasses import replace
 from itertools import chain
 from typing import Any
 
@@ -17,7 +19,17 @@ from hypothesis import strategies as st
 from recsys.batch import Batch
 from recsys.errors import ConfigError
 from recsys.training_set import SOURCE_ROW, TrainingSet
-from training.data import BatchLoader, LoadedBatch, ShuffleConfig, packed, prefetched, share, shuffled_requests
+from training.data import (
+    BatchLoader,
+    LoadedBatch,
+    ShuffleConfig,
+    bucketed,
+    history_lengths,
+    packed,
+    prefetched,
+    share,
+    shuffled_requests,
+)
 
 SHUFFLE = ShuffleConfig(block_requests=4, buffer_blocks=3)
 
@@ -81,6 +93,28 @@ def test_flat_logs_give_batches_of_exactly_the_size() -> None:
     assert [len(b) for b in batches] == [64] * 15 + [40]
 
 
+@given(lengths=st.lists(st.integers(0, 9), min_size=1, max_size=80), pool=st.integers(2, 5), seed=st.integers(0, 99))
+def test_buckets_hold_every_request_of_their_pool_once_and_no_two_overlap_in_length(
+    lengths: list[int], pool: int, seed: int
+) -> None:
+    length, size = np.array(lengths), 4
+    drawn = np.random.default_rng(seed).permutation(len(lengths))
+    batches = np.split(drawn, range(size, len(drawn), size))
+    offsets = np.arange(len(lengths) + 1)
+
+    def cut() -> list[np.ndarray]:
+        return list(bucketed(iter(batches), lambda r: length[r], offsets, size, pool, seed=[seed, 0]))
+
+    again = cut()
+    assert [b.tolist() for b in again] == [b.tolist() for b in cut()]
+    assert sorted(len(b) for b in again) == sorted(len(b) for b in batches)
+    for first in range(0, len(batches), pool):
+        old, new = batches[first : first + pool], again[first : first + pool]
+        assert sorted(np.concatenate(old)) == sorted(np.concatenate(new))
+        spans = sorted((length[b].min(), length[b].max()) for b in new)
+        assert all(before[1] <= after[0] for before, after in itertools.pairwise(spans))
+
+
 @given(sizes=st.lists(st.integers(1, 30), min_size=1, max_size=40), world=st.integers(1, 6), seed=st.integers(0, 1000))
 def test_ranks_share_a_batch_in_order_and_evenly(sizes: list[int], world: int, seed: int) -> None:
     offsets = np.concatenate([[0], np.cumsum(sizes)])
@@ -106,6 +140,23 @@ def loader(training_set: TrainingSet, **settings: Any) -> BatchLoader:
 def test_an_epoch_loads_every_row_once(training_set: TrainingSet) -> None:
     rows = list(chain.from_iterable(rows_of(list(loader(training_set)))))
     assert sorted(rows) == sorted(training_set.split("train").impressions.array(SOURCE_ROW).tolist())
+
+
+def test_batches_of_one_length_load_every_row_once_and_pad_less(training_set: TrainingSet) -> None:
+    shuffle = SHUFFLE.model_copy(update={"length_bucket_batches": 6})
+    plain, alike = loader(training_set), BatchLoader(training_set, "train", 32, shuffle, seed=7)
+    rows = list(chain.from_iterable(rows_of(list(alike))))
+    assert sorted(rows) == sorted(chain.from_iterable(rows_of(list(plain))))
+    assert [b.tolist() for b in alike.plan()] != [b.tolist() for b in replace(alike, epoch=1).plan()]
+
+    def padded(batches: BatchLoader) -> int:
+        return sum(int(history_lengths(training_set, "train", b).max()) * len(b) for b in batches.plan())
+
+    assert padded(alike) < 0.9 * padded(plain)
+    in_order = BatchLoader(training_set, "train", 32, by_length=True)
+    lengths = np.concatenate([history_lengths(training_set, "train", b) for b in in_order.plan()])
+    bound = max(history.max_length for history in training_set.schema.histories)
+    assert (np.diff(np.minimum(lengths, bound)) <= 0).all()
 
 
 def test_resuming_gives_the_rest_without_reading_what_it_skips(
