@@ -4,9 +4,10 @@
 
 Simulates, builds, and trains each model as ``recsys sweep`` does: the epoch with the best validation AUC is tested, and
 nothing looks at test labels to choose. Writes ``models.json`` and ``models.md`` into the output folder: test AUC with
-its spread, the distance to the AUC of the true probabilities, parameters, training time, and the time that the network
-takes for the longest test request, uncompiled, in one thread, all models in turn. The table holds the models asked for;
-runs that have finished are not run again.
+its spread, the distance to the AUC of the true probabilities, parameters, the time of a training step, and the time
+that the network takes for the longest test request, uncompiled. Times are in one thread, all models in turn, so that
+whatever else the machine does falls on all of them. The table holds the models asked for; runs that have finished are
+not run again.
 
 The models share their recipe (Adagrad 0.05 on tables, Adam 0.001, batch 1,024) and their tables' width, 16, where the
 width is not what they are about. None was tuned on this log, so the table tells how they start, not how far they go.
@@ -16,12 +17,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import sys
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from benchmarks.machine import machine_record
 from benchmarks.simulated import ROOT
@@ -33,8 +37,12 @@ from recsys.models import RankingModel
 from recsys.schema import Schema
 from recsys.training_set import TrainingSet, label_column
 from training.baselines import item_popularity, true_probabilities
+from training.data import BatchLoader
+from training.distill import build_training_model
 from training.experiment import ExperimentConfig
+from training.objective import Objective
 from training.run import TrainedRun
+from training.strategy import SingleProcess
 from training.sweep import Arm, Spread, run_sweep
 from training.timing import scoring_ms
 
@@ -123,7 +131,7 @@ def run(
     found: dict[str, Any] = {}
     for position in range(len(seeds)):
         table = run_sweep(arms, seeds[: position + 1], output / "runs", say=_say, progress=sys.stderr.isatty())
-        found = _figures(table, training_set, output / "views" / "truth.parquet")
+        found = _figures(table, arms, training_set, output / "views" / "truth.parquet")
         found |= {"epochs": epochs, "threads": threads, "machine": machine_record()}
         write_json(output / "models.json", found)
         write_text(output / "models.md", markdown(found))
@@ -161,8 +169,10 @@ def _prepare(output: Path, impressions: int, experiment: ExperimentConfig) -> Tr
     return TrainingSet.open(output / "training_set")
 
 
-def _figures(table: Mapping[str, Any], training_set: TrainingSet, truth_file: Path) -> dict[str, Any]:
-    """The sweep's means, with ceiling, floor, parameters and scoring times."""
+def _figures(
+    table: Mapping[str, Any], arms: Sequence[Arm], training_set: TrainingSet, truth_file: Path
+) -> dict[str, Any]:
+    """The sweep's means, with ceiling, floor, parameters and times."""
     task = training_set.schema.tasks[0].name
     split = training_set.split("test")
     labels = split.impressions.array(label_column(task))
@@ -173,19 +183,70 @@ def _figures(table: Mapping[str, Any], training_set: TrainingSet, truth_file: Pa
     models = {
         name: TrainedRun.load(next(iter(arm["seeds"].values()))["run"]).model for name, arm in table["arms"].items()
     }
-    times = scoring_ms(models, request)
-    rows = {name: _row(arm, task, models[name], times[name], ceiling.auc) for name, arm in table["arms"].items()}
+    times, steps = scoring_ms(models, request), step_ms(arms, training_set)
+    rows = {
+        name: _row(arm, task, models[name], ceiling.auc) | {"scoring_ms": times[name], "step_ms": steps[name]}
+        for name, arm in table["arms"].items()
+    }
     return {
         "test_rows": split.num_rows,
         "train_rows": training_set.split("train").num_rows,
         "candidates": int(rows_of.max()),
+        "batch_size": arms[0].experiment.training.batch_size,
         "ceiling": {"auc": ceiling.auc, "logloss": ceiling.logloss},
         "floor": {"auc": floor.auc, "logloss": floor.logloss},
         "models": rows,
     }
 
 
-def _row(arm: Mapping[str, Any], task: str, model: RankingModel, milliseconds: float, ceiling: float) -> dict[str, Any]:
+def step_ms(arms: Sequence[Arm], training_set: TrainingSet, *, repeats: int = 7) -> dict[str, float]:
+    """Median time of a training step of each experiment on the same batch, in one thread, the experiments in turn.
+
+    Args:
+        arms: a step is the trainer's: forward, backward with the tables' optimizer, step of the network's.
+        training_set: theirs; the batch is of its first requests, of the experiments' size.
+        repeats: that count; one more comes first.
+
+    Returns:
+        Milliseconds by name.
+    """
+    times: dict[str, list[float]] = {arm.name: [] for arm in arms}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        steps = {arm.name: _step(arm, training_set) for arm in arms}
+        for repeat in range(repeats + 1):
+            for name, step in steps.items():
+                began = time.perf_counter()
+                step()
+                if repeat > 0:
+                    times[name].append((time.perf_counter() - began) * 1e3)
+    finally:
+        torch.set_num_threads(threads)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def _step(arm: Arm, training_set: TrainingSet) -> Callable[[], None]:
+    """Takes one step of a new model of the experiment, always on the same batch."""
+    config = arm.experiment.training
+    with torch.random.fork_rng([]):
+        torch.manual_seed(config.seed)
+        model = build_training_model(arm.experiment, arm.schema, training_set)
+    network, optimizer, *_ = SingleProcess("cpu").prepare(model, config.embedding_optimizer, config.dense_optimizer)
+    objective = Objective(arm.schema, config.task_weights)
+    loaded = next(iter(BatchLoader(training_set, "train", config.batch_size, prefetch=0)))
+    network.train()
+
+    def step() -> None:
+        assert loaded.batch.labels is not None
+        optimizer.zero_grad()
+        objective(network(loaded.batch), loaded.batch.labels, loaded.num_rows).backward()
+        optimizer.step()
+
+    return step
+
+
+def _row(arm: Mapping[str, Any], task: str, model: RankingModel, ceiling: float) -> dict[str, Any]:
     tables = sum(p.numel() for p in model.lookup.parameters())
     runs = [one["test"][task]["auc"] for one in arm["seeds"].values()]
     spread = Spread.of(runs)
@@ -198,8 +259,6 @@ def _row(arm: Mapping[str, Any], task: str, model: RankingModel, milliseconds: f
         "best_epochs": [one["best_epoch"] for one in arm["seeds"].values()],
         "network_parameters": sum(p.numel() for p in model.network.parameters()),
         "table_parameters": tables,
-        "train_s": arm["train_s"]["mean"],
-        "scoring_ms": milliseconds,
     }
 
 
@@ -207,7 +266,7 @@ def markdown(found: Mapping[str, Any]) -> str:
     """The table, best first."""
     columns = ("model", "seeds", "test AUC", "below the ceiling", "logloss", "network / table parameters")
     lines = [
-        f"| {' | '.join(columns)} | training, s | scoring, ms |",
+        f"| {' | '.join(columns)} | training step, ms | scoring, ms |",
         "|---|---|---|---|---|---|---|---|",
         f"| true probabilities | | {found['ceiling']['auc']:.4f} | 0 | {found['ceiling']['logloss']:.4f} | | | |",
     ]
@@ -216,14 +275,14 @@ def markdown(found: Mapping[str, Any]) -> str:
         lines.append(
             f"| {name} | {len(row['auc'])} | {row['mean']:.4f}{spread} | {row['to_ceiling']:.4f} "
             f"| {row['logloss']:.4f} "
-            f"| {row['network_parameters']:,} / {row['table_parameters']:,} | {row['train_s']:.0f} "
+            f"| {row['network_parameters']:,} / {row['table_parameters']:,} | {row['step_ms']:.0f} "
             f"| {row['scoring_ms']:.2f} |"
         )
     lines.append(f"| item popularity | | {found['floor']['auc']:.4f} | | {found['floor']['logloss']:.4f} | | | |")
     note = (
         f"{found['train_rows']:,} training and {found['test_rows']:,} test impressions; at most {found['epochs']} "
-        f"epochs, {found['threads']} thread(s); scoring: the network on one request of {found['candidates']} "
-        "candidates, eager."
+        f"epochs, {found['threads']} thread(s); a step: {found['batch_size']:,} rows; scoring: the network on one "
+        f"request of {found['candidates']} candidates, eager."
     )
     return "\n".join([*lines, "", note, "", f"Machine: {json.dumps(found['machine'])}", ""])
 

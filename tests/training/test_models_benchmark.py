@@ -21,6 +21,7 @@ def test_it_trains_resumes_and_tells_the_distance_to_the_ceiling(tmp_path: Path)
         assert row["to_ceiling"] == pytest.approx(found["ceiling"]["auc"] - sum(row["auc"]) / 2)
         assert row["to_ceiling"] > 0
         assert row["scoring_ms"] > 0
+        assert row["step_ms"] > 0
     teacher = found["models"]["lightsuan_distilled"]
     assert teacher["table_parameters"] < 2 * found["models"]["lr"]["table_parameters"] * 8, "the student alone counts"
     lines = (tmp_path / "models.md").read_text().splitlines()
