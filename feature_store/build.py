@@ -48,7 +48,7 @@ from recsys.training_set import FORMAT, FORMAT_VERSION, TrainingSet
 
 __all__ = ["BuildSummary", "DataConfig", "SplitConfig", "build_training_set"]
 
-BUILD_VERSION = 3
+BUILD_VERSION = 4
 """Raised when the same inputs give another training set, so that finished ones are built again."""
 
 
@@ -95,7 +95,7 @@ class BuildSummary:
         seconds: time taken.
         skipped: the set was there already, built from the same inputs.
         notes: what is no fault, but worth knowing: parts without rows, columns without values, histories longer than
-            what a batch reads, event types that never occur, times that hardly overlap.
+            what a batch reads, event types that never occur, times that hardly overlap, NaN in what is summed.
         time_spans: first and last time of ``impressions`` and of each event type, as ISO 8601 text.
     """
 

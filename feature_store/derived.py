@@ -422,10 +422,13 @@ class Computation:
             assert types is not None
             is_counted &= types.is_in(list(spec.event_types)).fill_null(False).to_numpy()[source_row]
         if spec.where is not None:
-            is_counted &= self._computed(spec, spec.where, "where")[source_row]
+            is_true = self._computed(spec, spec.where, "where").cast(pl.Boolean).fill_null(False)
+            is_counted &= is_true.to_numpy()[source_row]
         if not isinstance(spec, Sum | Mean):
             return is_counted, None
-        values = self._computed(spec, spec.value, "value")[source_row]
+        numbers = self._computed(spec, spec.value, "value").cast(pl.Float64)
+        self._note_nan(spec, source_row[is_counted & numbers.is_nan().fill_null(False).to_numpy()[source_row]])
+        values = numbers.fill_null(np.nan).to_numpy()[source_row]
         is_counted &= ~np.isnan(values)
         try:
             units = in_units(np.where(is_counted, values, np.nan), spec.decimals)
@@ -434,8 +437,19 @@ class Computation:
             raise SourceError(f"{place} {err}", hint=_SCALE) from err
         return is_counted, units
 
-    def _computed(self, spec: Windowed, text: str, field: str) -> np.ndarray:
-        """An expression over all rows of a view: booleans for ``where``, float64 with NaN for ``value``."""
+    def _note_nan(self, spec: Sum | Mean, source_row: np.ndarray) -> None:
+        """Says which rows do not count because their value is none, such as 0 / 0; a null is missing, and no fault."""
+        if len(source_row) == 0:
+            return
+        note = (
+            f"{self.views.sources[spec.source].place}: derived value {spec.name!r}: value gives NaN in "
+            f"{len(source_row):,} rows, first row {int(source_row.min()):,}: they count for nothing"
+        )
+        if note not in self.views.notes:
+            self.views.notes.append(note)
+
+    def _computed(self, spec: Windowed, text: str, field: str) -> pl.Series:
+        """An expression over all rows of a view: true or false for ``where``, a number for ``value``."""
         place = f"derived value {spec.name!r}: {field}"
         series = self.views.computed(spec.source, text, place)
         wanted = "true or false" if field == "where" else "a number"
@@ -446,9 +460,7 @@ class Computation:
                 f"{self.views.sources[spec.source].place}: {place} must give {wanted}, got {str(series.dtype).lower()}",
                 hint="compare with a value" if field == "where" else "CAST(x AS DOUBLE) makes a number of text",
             )
-        if field == "where":
-            return series.cast(pl.Boolean).fill_null(False).to_numpy()
-        return series.cast(pl.Float64).fill_null(np.nan).to_numpy()
+        return series
 
     def versions(self, view: VersionedView) -> tuple[np.ndarray, LatestVersion]:
         """The rows of a view of versions whose entity is known, and which of them is the latest when."""

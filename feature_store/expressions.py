@@ -12,6 +12,7 @@ from functools import lru_cache
 from typing import Any
 
 import polars as pl
+from polars import selectors
 from polars.exceptions import PolarsError
 
 from recsys.errors import SchemaError
@@ -75,6 +76,11 @@ def row_expression(text: str, reader: str) -> tuple[pl.Expr, tuple[str, ...]]:
     if not columns:
         raise SchemaError(f"{reader} must read a column, got {text!r}", hint=_HINT)
     return expression, columns
+
+
+def missing_for_nan(frame: pl.LazyFrame) -> pl.LazyFrame:
+    """What expressions read: nulls where columns hold NaN, which comparisons would take for the greatest number."""
+    return frame.with_columns(selectors.float().fill_nan(None))
 
 
 def _strange(node: Any) -> str | None:

@@ -28,6 +28,7 @@ import polars as pl
 import pyarrow as pa
 from polars.exceptions import PolarsError
 
+from feature_store.expressions import missing_for_nan
 from feature_store.files import Located, find_files, locate, partition_values
 from feature_store.formats import READ_ERRORS, DataFile, Opened, format_of, open_file, reason_of
 from recsys.errors import SourceError, nearest
@@ -201,7 +202,7 @@ class Source:
     def computed(
         self, expression: pl.Expr, uses: Sequence[Use], reader: str, *, as_numbers: Collection[str] = ()
     ) -> pl.Series:
-        """An expression over all rows, in order, of columns as their uses read them.
+        """An expression over all rows, in order, of columns as their uses read them, with nulls for NaN.
 
         Args:
             expression: of the columns.
@@ -214,7 +215,7 @@ class Source:
         """
         columns = {use.column: self.typed(use) for use in uses}
         columns |= {name: column.cast(pl.Float64) for name, column in columns.items() if name in as_numbers}
-        typed = self.frame.select(**columns)
+        typed = missing_for_nan(self.frame.select(**columns))
         try:
             return typed.select(value=expression).collect(optimizations=IN_ORDER).to_series()
         except PolarsError as err:
@@ -223,6 +224,14 @@ class Source:
                 f"{self.place}: {reader} must fit its columns ({kinds}), got {type(err).__name__}",
                 hint="compare numbers with numbers and text with text; CAST(x AS DOUBLE) makes a number of text",
             ) from err
+
+    def num_nan(self, columns: Iterable[str]) -> dict[str, int]:
+        """How many rows hold NaN, of each column of fractions."""
+        of_fractions = [c for c in columns if self.kinds[c] == "number" and not self.is_text]
+        if not of_fractions:
+            return {}
+        counted = self.read({c: pl.col(c).cast(pl.Float64).is_nan().sum() for c in of_fractions})
+        return {c: int(counted[c][0]) for c in of_fractions}
 
     def _broken_file(self) -> str:
         """The first file that cannot be read by itself; all of them if each can."""

@@ -94,6 +94,7 @@ class Views:
         self._max_fraction = max_quarantined_fraction
         self._uses = self._find_uses()
         self.as_numbers: Mapping[str, Collection[str]] = {}
+        self._looked_for_nan: set[tuple[str, str]] = set()
         self.sources: dict[str, Source] = {
             view: open_source(
                 view,
@@ -301,12 +302,24 @@ class Views:
     def computed(self, view: str, text: str, reader: str) -> pl.Series:
         """An SQL expression over every row of a view; its columns are as their first use reads them.
 
+        NaN counts as missing; how many values hold it, one of the notes says, once for each column.
+
         Raises:
             SourceError: it cannot be computed of what the columns hold.
         """
         expression, columns = row_expression(text, reader)
+        self._note_nan(view, [column for column in columns if (view, column) not in self._looked_for_nan])
         uses = [use for use in self.uses(view) if use.column in columns]
         return self.sources[view].computed(expression, uses, reader, as_numbers=self.as_numbers.get(view, ()))
+
+    def _note_nan(self, view: str, columns: Sequence[str]) -> None:
+        self._looked_for_nan.update((view, column) for column in columns)
+        for column, count in self.sources[view].num_nan(columns).items():
+            if count:
+                self.notes.append(
+                    f"{self.sources[view].place}: column {column!r} holds NaN in {count:,} rows: derived values take "
+                    "it as missing"
+                )
 
     def column_types(self, view: str, texts: Sequence[str]) -> dict[str, str]:
         """Polars types of the columns that SQL expressions read, as they read them."""

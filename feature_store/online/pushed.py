@@ -12,7 +12,7 @@ import numpy as np
 import polars as pl
 from polars.exceptions import PolarsError
 
-from feature_store.expressions import row_expression
+from feature_store.expressions import missing_for_nan, row_expression
 from recsys.derived import Mean, Sum, Windowed
 from recsys.errors import DataError
 from recsys.schema import Schema
@@ -69,7 +69,7 @@ def counted_event(
             row = pl.DataFrame(
                 [pl.Series(name, [given.get(name)], dtype=TYPES[columns[name]], strict=True) for name in names]
             )
-            return row.select(value=expression)["value"][0]
+            return missing_for_nan(row.lazy()).select(value=expression).collect()["value"][0]
         except KeyError as err:
             raise DataError(f"{place} reads a column of a type that no pushed event can give") from err
         except (PolarsError, TypeError, OverflowError) as err:

@@ -253,3 +253,41 @@ def test_drift_of_derived_values_is_checked(tmp_path: Path) -> None:
     assert {f"f_{name}" for name in NUMBERS} | {"shade", "activity"} <= {d.name for d in report.drift}
     by_name = {d.name: d for d in report.drift}
     assert by_name["f_user_events"].psi > by_name["price"].noise > 0
+
+
+def test_nan_is_missing_and_noted(tmp_path: Path) -> None:
+    """NaN in a column, which would be greater than everything, counts as null does; so does what divides 0 by 0."""
+    views = make(0)
+    rows = pl.int_range(pl.len()) % 10
+    events = views["events"].with_columns(
+        pl.when(rows == 2).then(None).when(rows == 5).then(0.0).otherwise(pl.col("dwell")).alias("dwell")
+    )
+    is_nan = pl.int_range(pl.len()) % 10 == 2
+    derived = [
+        *changed("item_dwell", value="dwell / dwell", where="dwell >= 0 OR dwell < 0"),
+        {"name": "long", "kind": "count", "by": ["user"], "where": "dwell > 100"},
+    ]
+    features = [*mapping()["features"], {"name": "long", "kind": "dense", "scope": "context"}]
+    shape = schema(derived=derived, features=features, histories=[])
+    found, notes = [], []
+    for name, nothing in (("null", None), ("nan", float("nan"))):
+        views["events"] = events.with_columns(
+            pl.when(is_nan).then(pl.lit(nothing, pl.Float64)).otherwise(pl.col("dwell")).alias("dwell")
+        )
+        found.append(build(tmp_path / name, views, shape))
+        notes.append(found[-1].manifest["summary"]["notes"])
+        assert check_leaks(config(tmp_path / name), num_rows=60).differences == ()
+    for feature in ("f_item_dwell", "long"):
+        assert stored(found[0], feature) == stored(found[1], feature)
+    divided = events.with_row_index("row").filter(pl.col("dwell") == 0)["row"]
+    assert len(divided) > 10
+    of_value = (
+        f"{tmp_path}/{{}}/views/events.parquet: derived value 'item_dwell': value gives NaN in {len(divided)} rows, "
+        f"first row {divided[0]}: they count for nothing"
+    )
+    of_column = (
+        f"{tmp_path}/nan/views/events.parquet: column 'dwell' holds NaN in {events.select(is_nan.sum()).item()} rows: "
+        "derived values take it as missing"
+    )
+    assert notes[0] == [of_value.format("null")]
+    assert notes[1] == [of_column, of_value.format("nan")]

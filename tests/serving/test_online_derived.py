@@ -15,12 +15,14 @@ from typer.testing import CliRunner
 
 from feature_store.online.location import open_backend
 from feature_store.online.materialize import Materializer, Summary
+from feature_store.online.pushed import counted_event
 from feature_store.online.pushing import Event
 from feature_store.online.store import Limits, OnlineStore
 from feature_store.snapshot import training_set_views, view_snapshot
 from recsys.batch import Bags, Batch
 from recsys.cli import app
 from recsys.config import validate
+from recsys.derived import Sum
 from recsys.errors import ConfigError, DataError, RequestError, SourceError
 from recsys.schema import Schema
 from recsys.training_set import SPLITS, TrainingSet
@@ -301,6 +303,17 @@ def test_events_that_do_not_fit_are_refused(built: TrainingSet, tmp_path: Path) 
     with pytest.raises(DataError, match="'dwell' must be of the types of the events view"):
         store.push(Event(1, 101, START + 60 * DAY, "click", good | {"dwell": "long"}))
     store.close()
+
+
+@pytest.mark.parametrize("dwell", [None, float("nan")])
+def test_nan_in_an_event_is_missing_as_in_a_build(dwell: float | None) -> None:
+    """Or it would be greater than everything, and count for ``dwell > 20``."""
+    (spec,) = (d for d in derived_schema().derived if d.name == "item_dwell")
+    assert isinstance(spec, Sum)
+    meta = {"derived": {"columns": {"dwell": "Float64"}}}
+    schema = derived_schema()
+    assert counted_event(spec, schema, Event(1, 101, START, "click", {"dwell": 30.0}), lambda: meta)[0] is True
+    assert counted_event(spec, schema, Event(1, 101, START, "click", {"dwell": dwell}), lambda: meta)[0] is False
 
 
 def test_views_that_have_changed_are_named(tmp_path: Path) -> None:
