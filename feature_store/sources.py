@@ -570,6 +570,7 @@ def _check(
     other = _other_separator(names) if opened.typing == "text" else None
     if other is not None:
         hints = [f"fields seem to be separated by {other!r}: declare format: {{kind: csv, separator: {other!r}}}"]
+    problems = list(dict.fromkeys(problems))  # one derived value may read a column twice
     hint = "; ".join(dict.fromkeys(hints)) or None
     if len(problems) == 1:
         raise SourceError(f"{file.name}: {problems[0]}", hint=hint)

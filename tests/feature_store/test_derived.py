@@ -291,3 +291,22 @@ def test_nan_is_missing_and_noted(tmp_path: Path) -> None:
     )
     assert notes[0] == [of_value.format("null")]
     assert notes[1] == [of_column, of_value.format("nan")]
+
+
+def test_each_problem_of_a_column_is_told_once(tmp_path: Path) -> None:
+    """However many expressions of one value read it."""
+    derived = changed("item_dwell", value="dwel / 3.0", where="dwel > 20")
+    with pytest.raises(SourceError) as raised:
+        build(tmp_path, make(0), schema(derived=derived))
+    assert raised.value.message.endswith(
+        "events.parquet: column 'dwel' must exist (derived value 'item_dwell' reads it)"
+    )
+    two = [*changed("user_known", created="createt")]
+    two = [d | {"value": "dwel", "where": "dwel > 20"} if d["name"] == "item_dwell" else d for d in two]
+    with pytest.raises(SourceError) as raised:
+        build(tmp_path, make(0), schema(derived=two))
+    assert raised.value.message.splitlines() == [
+        f"{tmp_path}/views/events.parquet: 2 problems",
+        "  column 'createt' must exist (derived value 'user_known' reads it)",
+        "  column 'dwel' must exist (derived value 'item_dwell' reads it)",
+    ]
