@@ -94,6 +94,7 @@ class Views:
         self._max_fraction = max_quarantined_fraction
         self._uses = self._find_uses()
         self.as_numbers: Mapping[str, Collection[str]] = {}
+        self._checked_times: set[tuple[str, str]] = set()
         self._looked_for_nan: set[tuple[str, str]] = set()
         self.sources: dict[str, Source] = {
             view: open_source(
@@ -277,7 +278,7 @@ class Views:
         """
         use = self._time_use(view, column, "created")
         times: np.ndarray = self.sources[view].column(use).fill_null(-1).to_numpy()[rows]
-        self._check_times(times, self._time_column(view, column, "created"))
+        self._check_times(view, column, "created", times)
         return times
 
     def version_times(self, view: str, rows: np.ndarray) -> np.ndarray:
@@ -292,12 +293,17 @@ class Views:
         Raises:
             SourceError: these times were read in too fine a unit, so that all would hold since 1970.
         """
+        log = self._log(view)
+        assert log is not None
         times: np.ndarray = self.time(view)[rows]
-        self._check_times(times, self.time_column(view))
+        self._check_times(view, log.time, "time", times)
         return times
 
-    def _check_times(self, times: np.ndarray, column: TimeColumn) -> None:
-        self.notes += [note for note in check_unit(times, column) if note not in self.notes]
+    def _check_times(self, view: str, column: str, name: str, times: np.ndarray) -> None:
+        """Looks at the times of a column the first time that they are asked for: several values may share it."""
+        if (view, column) not in self._checked_times:
+            self._checked_times.add((view, column))
+            self.notes += check_unit(times, self._time_column(view, column, name))
 
     def computed(self, view: str, text: str, reader: str) -> pl.Series:
         """An SQL expression over every row of a view; its columns are as their first use reads them.

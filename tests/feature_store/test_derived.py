@@ -10,9 +10,11 @@ import polars as pl
 import pytest
 
 from feature_store.build import build_training_set
+from feature_store.derived import families
 from feature_store.joined import Joined
 from feature_store.leaks import check_leaks
 from feature_store.quality import check_quality
+from feature_store.time_spans import TimeColumn, check_unit
 from feature_store.views import Views
 from recsys.config import validate
 from recsys.errors import ConfigError, SchemaError, SourceError
@@ -310,3 +312,27 @@ def test_each_problem_of_a_column_is_told_once(tmp_path: Path) -> None:
         "  column 'createt' must exist (derived value 'user_known' reads it)",
         "  column 'dwel' must exist (derived value 'item_dwell' reads it)",
     ]
+
+
+def test_times_that_several_values_share_are_checked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    views = make(0)
+    # One of a hundred was written in seconds: no error, but a note.
+    created = pl.when(pl.int_range(pl.len()) % 100 == 3).then(pl.col("created") // 1_000_000).otherwise("created")
+    views["events"] = views["events"].with_columns(created.alias("created"))
+    checked: list[str] = []
+
+    def check(times: Any, of: TimeColumn) -> list[str]:
+        checked.append(f"{of.field}.{of.name}")
+        return check_unit(times, of)
+
+    monkeypatch.setattr("feature_store.views.check_unit", check)
+    training_set = build(tmp_path, views, schema(histories=[]))
+    assert len([by for _, by, created in families(training_set.schema) if created is not None]) == 2
+    assert sorted(checked) == [
+        "views.events.created",
+        "views.versions: 'costs'.created",
+        "views.versions: 'costs'.time",
+        "views.versions: 'levels'.time",
+    ]
+    (note,) = training_set.manifest["summary"]["notes"]
+    assert note.startswith("views.events.created: 3 of 286 times of column 'created' lie before 1990")
