@@ -460,6 +460,7 @@ def open_source(
     declared: FormatSpec | None = None,
     is_wanted: Callable[[Located], bool] = lambda _: True,
     last: Sequence[str] = (),
+    reserved: Collection[str] = (),
 ) -> Source:
     """Finds a view's files and checks their columns.
 
@@ -472,10 +473,11 @@ def open_source(
         declared: format of the files; by their names if None.
         is_wanted: which of the files to read; at least one.
         last: files, as their identities name them, that come after the others, in this order.
+        reserved: names that no column may have, for features read derived values of these names.
 
     Raises:
-        SourceError: no file, a file that cannot be read, a missing column, or one of the wrong type; all columns of a
-            file at once.
+        SourceError: no file, a file that cannot be read, a missing column, one of the wrong type or of a reserved name;
+            all columns of a file at once.
     """
     located = [f for f in locate(view, root, pattern, declared, cache=staging / "fetched") if is_wanted(f)]
     rank = {name: number for number, name in enumerate(last)}
@@ -488,7 +490,7 @@ def open_source(
     is_text = opened[0].typing == "text"
     zones = {u.column: u.time_zone for u in uses}
     for file, one, columns in zip(files, opened, schemas, strict=True):
-        _check(file, [*one.names, *(partitions[0] if partitions else ())], columns, uses, one)
+        _check(file, [*one.names, *(partitions[0] if partitions else ())], columns, uses, one, reserved)
     kinds = _agreed_kinds(files, schemas, names, zones)
     if not is_text:
         scans = [
@@ -556,7 +558,12 @@ def _schema_of(file: DataFile, scan: pl.LazyFrame) -> dict[str, pl.DataType]:
 
 
 def _check(
-    file: DataFile, names: Sequence[str], columns: Mapping[str, pl.DataType], uses: Sequence[Use], opened: Opened
+    file: DataFile,
+    names: Sequence[str],
+    columns: Mapping[str, pl.DataType],
+    uses: Sequence[Use],
+    opened: Opened,
+    reserved: Collection[str],
 ) -> None:
     problems, hints = [], []
     for use in uses:
@@ -570,6 +577,10 @@ def _check(
     other = _other_separator(names) if opened.typing == "text" else None
     if other is not None:
         hints = [f"fields seem to be separated by {other!r}: declare format: {{kind: csv, separator: {other!r}}}"]
+    taken = [name for name in dict.fromkeys([*names, *partition_values(file)]) if name in reserved]
+    problems += [f"column {name!r} must not exist: it has the name of a derived value" for name in taken]
+    if taken:
+        hints.append("features read the derived value, not the column: rename one of the two, or leave the column out")
     problems = list(dict.fromkeys(problems))  # one derived value may read a column twice
     hint = "; ".join(dict.fromkeys(hints)) or None
     if len(problems) == 1:

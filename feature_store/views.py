@@ -106,6 +106,7 @@ class Views:
                 declared=view_format(schema, view),
                 is_wanted=lambda f, view=view: only is None or f.identity["file"] in only[view],  # type: ignore[misc]
                 last=(last or {}).get(view, ()),
+                reserved=self._derived_names() if view == "impressions" else (),
             )
             for view, path in view_paths(schema).items()
             if only is None or view in only
@@ -166,6 +167,11 @@ class Views:
                 _, columns = row_expression(text, f"{reader}: {field}")
                 uses[spec.source] += [Use(column, "value", reader) for column in columns]
         return uses
+
+    def _derived_names(self) -> set[str]:
+        """Names of the derived values that features read, as they would read a column of the impressions."""
+        found = (self.schema.derived_of(feature) for feature in self.schema.features)
+        return {derived.name for derived in found if derived is not None}
 
     @staticmethod
     def expressions(spec: Windowed) -> list[tuple[str, str]]:

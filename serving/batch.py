@@ -48,6 +48,7 @@ class BatchSummary:
         rows_with_unknown_user: rows whose user is not stored.
         rows_with_unknown_item: rows whose item is not stored.
         seconds: time taken.
+        given_derived: derived values that were columns of the input, in place of what would be computed.
     """
 
     output: str
@@ -56,6 +57,7 @@ class BatchSummary:
     rows_with_unknown_user: int
     rows_with_unknown_item: int
     seconds: float
+    given_derived: tuple[str, ...] = ()
 
     @property
     def rows_per_s(self) -> float:
@@ -117,8 +119,9 @@ def score_parquet(
         scorer.artifact.schema, reads_entities=not is_stored, is_complete=True, has_derived=stored.has_derived
     )
     num_rows = sum(open_parquet(f).metadata.num_rows for f in files)
+    given: set[str] = set()
     for file in files:
-        _check(file, reader, added)
+        given.update(_check(file, reader, added))
     with _progress(num_rows, shown=progress) as advance:
         if is_folder_output(source, target):
             with writing_folder(source, target) as draft:
@@ -132,7 +135,8 @@ def score_parquet(
             with writing_file(source, target) as draft:
                 totals += _score_files(files, draft, scorer, reader, added, batch_size, advance, part=target.name)
     seconds = clock.perf_counter() - began
-    return BatchSummary(str(target), int(totals[0]), added, int(totals[1]), int(totals[2]), round(seconds, 3))
+    names = tuple(one.name for one in scorer.artifact.schema.derived if one.name in given)
+    return BatchSummary(str(target), int(totals[0]), added, int(totals[1]), int(totals[2]), round(seconds, 3), names)
 
 
 def _score_files(
@@ -207,12 +211,15 @@ def _last_boundary(requests: Array) -> int:
     return int(others[-1]) + 1 if len(others) else 0
 
 
-def _check(file: Path, reader: FrameReader, added: tuple[str, ...]) -> None:
+def _check(file: Path, reader: FrameReader, added: tuple[str, ...]) -> set[str]:
+    """Refuses a file that cannot be scored; returns the names of derived values that are columns of it."""
     names = open_parquet(file).schema_arrow.names
     reader.check(names, str(file))
     taken = [name for name in added if name in names]
     if taken:
         raise ConfigError(f"{file} has a column {taken[0]!r} already", hint="choose another name for the added columns")
+    features = [f for f in reader.schema.features if reader.schema.derived_of(f) is not None]
+    return {f.source_column for f in features if f.source_column in names}
 
 
 @contextmanager

@@ -67,6 +67,7 @@ def score(
         {
             "rows": summary.rows,
             "columns": ", ".join(summary.columns),
+            **({"derived values of the file": ", ".join(summary.given_derived)} if summary.given_derived else {}),
             "rows with an unknown user": summary.rows_with_unknown_user,
             "rows with an unknown item": summary.rows_with_unknown_item,
             "speed": f"{summary.rows_per_s:,.0f} rows/s",

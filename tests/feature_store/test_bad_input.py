@@ -550,6 +550,19 @@ def a_derived_value_of_a_type_that_never_occurs(place: Place) -> None:
     place.schema["derived"][0]["event_types"] = ["clcik"]
 
 
+@fails(SourceError, "impressions.parquet", "column 'clicks' must not exist", "name of a derived value", "rename one")
+def a_column_with_the_name_of_a_derived_value(place: Place) -> None:
+    """A log of what was served, say: nothing tells which of the two is meant."""
+    _with_created(place, pl.col("time"))
+    place.frames["impressions"] = place.frames["impressions"].with_columns(clicks=pl.lit(3))
+
+
+@fails(SourceError, "a.parquet", "column 'clicks' must not exist", "name of a derived value", "rename one")
+def a_partition_with_the_name_of_a_derived_value(place: Place) -> None:
+    _with_created(place, pl.col("time"))
+    place.parts("impressions", {"clicks=3/a.parquet": place.frames["impressions"]})
+
+
 @sets_aside("events", "time does not exist in Europe/Berlin")
 def local_times_that_the_clock_skipped(place: Place) -> None:
     place.view("events")["time_zone"] = "Europe/Berlin"

@@ -127,6 +127,7 @@ def test_a_file_of_raw_impressions_is_scored_as_its_training_rows(
     assert done.exit_code == 0, done.stderr
     wanted = of_training(built, scorer)
     assert json.loads(done.stdout)["rows"] == len(wanted)
+    assert json.loads(done.stdout)["given_derived"] == []
     columns = ["score_click", "score_long"]
     scored = pl.read_parquet(tmp_path / "out.parquet").select(columns).to_numpy()
     np.testing.assert_allclose(scored, [wanted[row] for row in range(len(wanted))], atol=1e-6, rtol=0)
@@ -136,10 +137,12 @@ def test_a_file_of_raw_impressions_is_scored_as_its_training_rows(
     brought = {name: [truth[row][name] for row in range(len(wanted))] for name in names}
     view = pl.read_parquet(impressions_of(built))
     view.with_columns(pl.Series(n, v) for n, v in brought.items()).write_parquet(tmp_path / "all.parquet")
-    score_parquet(scorer, tmp_path / "all.parquet", tmp_path / "brought.parquet")
+    summary = score_parquet(scorer, tmp_path / "all.parquet", tmp_path / "brought.parquet")
+    assert set(summary.given_derived) == {*names}
     view.with_columns(pl.Series("item_rate", brought["item_rate"])).write_parquet(tmp_path / "one.parquet")
     with derived_lookup(views_of(built), built.encoder) as lookup:
-        score_parquet(scorer, tmp_path / "one.parquet", tmp_path / "mixed.parquet", derived=lookup, batch_size=5)
+        one = score_parquet(scorer, tmp_path / "one.parquet", tmp_path / "mixed.parquet", derived=lookup, batch_size=5)
+    assert one.given_derived == ("item_rate",)
     for name in ("brought", "mixed"):
         again = pl.read_parquet(tmp_path / f"{name}.parquet").select(columns).to_numpy()
         np.testing.assert_allclose(again, scored, atol=1e-6, rtol=0)
