@@ -22,6 +22,8 @@ others are features. Parquet would be smaller, but must be decoded, whole row gr
 
 from __future__ import annotations
 
+import fcntl
+import glob
 import json
 import os
 from collections import ChainMap
@@ -286,6 +288,40 @@ def is_training_set(manifest: Mapping[str, Any]) -> bool:
     return manifest.get("format", FORMAT) == FORMAT and "format_version" in manifest and manifest.keys() >= {*_FIELDS}
 
 
+def _no_training_set(folder: Path) -> IntegrityError:
+    """What to tell of a folder that has no manifest: what happened to it, as far as can be seen."""
+    place = folder.resolve()  # where a build works, if the folder is a link
+    left = sorted(path.name for path in place.parent.glob(f"{glob.escape(place.name)}.tmp-*"))
+    again = "`recsys build CONFIG` again: it clears away what was left and begins anew"
+    if left and _is_locked(place.with_name(f"{place.name}.lock")):
+        return IntegrityError(f"{folder} must hold a training set, got none yet: it is being built", hint="wait for it")
+    if left:
+        return IntegrityError(
+            f"{folder} must hold a training set, got only {left[0]} beside it: a build was killed before its end",
+            hint=f"run {again}",
+        )
+    whole, is_draft, _ = folder.name.partition(".tmp-")
+    if is_draft and folder.is_dir():
+        return IntegrityError(
+            f"{folder} must hold a training set, got the unfinished work of a build of {whole}",
+            hint=f"name {whole}; if it is not there, run {again}",
+        )
+    found = "files, but no manifest.json" if folder.is_dir() and any(folder.iterdir()) else "no manifest.json"
+    return IntegrityError(f"{folder} must hold a training set, got {found}", hint=_REBUILD)
+
+
+def _is_locked(path: Path) -> bool:
+    """Whether a process holds a lock on a file."""
+    try:
+        with path.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
 class TrainingSet:
     """An opened training set.
 
@@ -318,9 +354,7 @@ class TrainingSet:
         try:
             manifest = read_object(path, {}, hint=rebuild)
         except FileNotFoundError as err:
-            raise IntegrityError(
-                f"{folder.absolute()} must hold a training set, got no manifest.json", hint=rebuild
-            ) from err
+            raise _no_training_set(folder.absolute()) from err
         if manifest.get("format", FORMAT) != FORMAT:
             raise IntegrityError(f"{path} must be the manifest of a training set, got another file", hint=rebuild)
         if manifest.get("format_version") != FORMAT_VERSION:

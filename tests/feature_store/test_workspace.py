@@ -242,3 +242,33 @@ def test_a_parent_that_is_a_file(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(SourceError, match="can be written to"), exclusive(tmp_path / "file" / "set"):
         pass
+
+
+def refusal(folder: Path) -> str:
+    with pytest.raises(IntegrityError) as raised:
+        TrainingSet.open(folder)
+    return str(raised.value)
+
+
+def test_who_opens_what_is_not_whole_is_told_what_happened(tmp_path: Path) -> None:
+    folder = tmp_path / "set"
+    with exclusive(folder), replacing(folder) as temporary:
+        (temporary / "users.arrow").write_bytes(b"half")
+        assert f"{folder} must hold a training set, got none yet: it is being built" in refusal(folder)
+        draft = temporary.name
+        shutil.copytree(temporary, tmp_path / "kept")
+        (temporary / "manifest.json").write_text("{}")
+    shutil.rmtree(folder)
+    (tmp_path / "kept").rename(tmp_path / draft)  # as a SIGKILL leaves it
+    said = refusal(folder)
+    assert f"{folder} must hold a training set, got only {draft} beside it: a build was killed before its end" in said
+    assert "Hint: run `recsys build CONFIG` again" in said
+    said = refusal(tmp_path / draft)
+    assert f"{draft} must hold a training set, got the unfinished work of a build of set" in said
+    assert "Hint: name set; if it is not there, run `recsys build CONFIG` again" in said
+    write_views(tmp_path / "views", make_views())
+    build_training_set(make_schema(), config(tmp_path, training_set=str(folder)))
+    assert not (tmp_path / draft).exists()
+    (folder / "manifest.json").unlink()
+    assert f"{folder} must hold a training set, got files, but no manifest.json" in refusal(folder)
+    assert f"{tmp_path / 'nowhere'} must hold a training set, got no manifest.json" in refusal(tmp_path / "nowhere")
