@@ -96,14 +96,19 @@ class MissingDependencyError(RecsysError, ImportError):
 def nearest(name: str, candidates: Iterable[str]) -> str:
     """Words a hint for an unknown name: the nearest known ones, else all of them.
 
+    Names that differ in nothing but case are nearest, whatever share of the letters that is.
+
     Example:
         >>> nearest("clik", ["click", "purchase"])
+        "did you mean 'click'?"
+        >>> nearest("CLICK", ["click", "purchase"])
         "did you mean 'click'?"
         >>> nearest("zzz", ["click", "like"])
         "known names: 'click', 'like'"
     """
     known = sorted(candidates)
-    close = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
+    alike = [k for k in known if k.casefold() == name.casefold()]
+    close = alike or difflib.get_close_matches(name, known, n=3, cutoff=0.6)
     if close:
         return "did you mean " + " or ".join(repr(c) for c in close) + "?"
     if not known:

@@ -11,6 +11,7 @@ import pyarrow as pa
 
 from feature_store.online.derived import KNOWN, Family, Rows, code_column, counts_column, units_column
 from feature_store.online.keys import Key
+from recsys.derived import Windowed
 from recsys.encoding.encoder import EncodedColumn, Encoder
 from recsys.errors import DataError, EncodingError, nearest
 from recsys.schema import Categorical, DayOfWeek, HourOfDay, Schema
@@ -76,6 +77,12 @@ def histories_of(schema: Schema, event: Event) -> list[str]:
             hint=f"it is the column {schema.views.events.type!r} of the events view",
         )
     return [h.name for h in schema.histories if h.event_types is None or event.type in h.event_types]
+
+
+def named_types(schema: Schema) -> set[str]:
+    """The event types that histories and derived values name; others may be in the log, and may be pushed."""
+    readers = [*schema.histories, *(d for d in schema.derived if isinstance(d, Windowed) and d.source == "events")]
+    return {name for reader in readers for name in reader.event_types or ()}
 
 
 def event_columns(store: OnlineStore, event: Event, histories: Sequence[str]) -> dict[str, EncodedColumn]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,6 +10,9 @@ import typer
 
 from recsys.commands.materialize import StoreArgument, microseconds
 from recsys.commands.options import Json
+
+_MOST_TYPES = 20
+"""That are told of: a stream may bring any number."""
 
 
 def push(
@@ -31,7 +35,7 @@ def push(
 
     An event names its user, item, time (now if not given) and type by the columns of the events view, and may give raw
     values of the columns that histories and derived values read. Without EVENT, one JSON object a line is read from
-    stdin.
+    stdin. A type that nothing names is no error, for logs hold others too, but is told on stderr, once.
 
     \b
     Example:
@@ -49,17 +53,20 @@ def push(
     online = OnlineStore(open_backend(store, is_writable=True), Encoder.load(model / "encoder"))
     pushed: dict[str, int] = {history.name: 0 for history in online.schema.histories}
     num_events = num_derived_only = num_unused = 0
+    tell_type = _types_told(online)
     try:
         for number, line in enumerate(events or sys.stdin, start=1):
             if not line.strip():
                 continue
             try:
-                histories, derived = online.push(_event(line, online, any_time=any_time))
+                event = _event(line, online, any_time=any_time)
+                histories, derived = online.push(event)
             except DataError as err:
                 raise type(err)(f"event {number}: {err.message}", hint=err.hint) from err
             num_events += 1
             num_derived_only += bool(derived) and not histories
             num_unused += not derived and not histories
+            tell_type(number, event.type, is_used=bool(histories or derived))
             for name in histories:
                 pushed[name] += 1
     finally:
@@ -72,6 +79,28 @@ def push(
     if online.schema.derived:
         facts["feed derived values only"] = num_derived_only
     print_facts(store, {"events": num_events, **facts, "in no history, change nothing": num_unused})
+
+
+def _types_told(online: Any) -> Callable[..., None]:
+    """What tells of each type that no history and no derived value names, once, as its first event comes."""
+    from feature_store.online.pushing import named_types
+    from recsys.commands.terminal import messages
+    from recsys.errors import nearest
+
+    named = named_types(online.schema)
+    told: set[str] = set()
+
+    def tell(number: int, kind: str | None, *, is_used: bool) -> None:
+        if kind is None or kind in named or kind in told or len(told) == _MOST_TYPES:
+            return
+        told.add(kind)
+        hint = nearest(kind, named)
+        what = "goes to histories of all types only" if is_used else "changes nothing"
+        if not is_used or hint.startswith("did you mean"):
+            words = f"event {number}: type {kind!r} is named by no history and no derived value, and {what}: {hint}"
+            messages().print(words, markup=False, soft_wrap=True)
+
+    return tell
 
 
 def _event(line: str, online: Any, *, any_time: bool) -> Any:

@@ -198,6 +198,20 @@ def test_events_that_are_none(world: World, tmp_path: Path, run: Callable[..., A
     assert words in done.stderr
 
 
+def test_a_type_that_nothing_names_is_told_once(world: World, tmp_path: Path, run: Callable[..., Any]) -> None:
+    location = f"lmdb:{tmp_path / 'online'}"
+    filled(world, location).close()
+    kinds = ("click", "clik", "view", "clik", "CLICK")
+    event = {"user_id": 424244, "item_id": 5, "time": "2030-01-01T00:00:00Z"}
+    done = run("push", location, "-m", world.artifact, *(json.dumps({**event, "type": kind}) for kind in kinds))
+    assert done.exit_code == 0, done.stderr
+    assert done.stderr.splitlines() == [
+        f"event {number}: type {kind!r} is named by no history and no derived value, and goes to histories of all "
+        "types only: did you mean 'click'?"
+        for number, kind in ((2, "clik"), (5, "CLICK"))
+    ]
+
+
 @pytest.mark.parametrize("time", [1_735_689_600, 1_735_689_600_000], ids=["seconds", "milliseconds"])
 def test_a_pushed_time_in_another_unit_is_told(
     world: World, tmp_path: Path, run: Callable[..., Any], time: int

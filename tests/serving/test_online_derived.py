@@ -397,3 +397,7 @@ def test_events_that_feed_derived_values_alone_are_counted_as_such(tmp_path: Pat
     }  # fmt: skip
     done = runner.invoke(app, ["push", location, "--model", str(training_set.folder), *events])
     assert "feed derived values only" in done.stdout
+    assert done.stderr == (
+        "event 3: type 'share' is named by no history and no derived value, and changes nothing: known names: 'click', "
+        "'like'\n"
+    )
