@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -293,29 +294,37 @@ from pathlib import Path
 import polars as pl
 from feature_store.append import append_to_training_set
 from tests.feature_store.small_views import DAY
-from tests.feature_store.test_append import settings, small
+from tests.feature_store.test_append import SHAPES, settings
+schema = SHAPES[sys.argv[3]][0]()
 folder = Path(sys.argv[1])
 for number in itertools.count(int(sys.argv[2])):
     for log in ("events", "impressions"):
-        rows = pl.read_parquet(folder / f"{log}.parquet").with_columns(pl.col("time") + 10 * number * DAY)
+        rows = pl.read_parquet(folder / f"{log}.parquet")
+        rows = rows.with_columns(pl.col("^(time|created)$") + 10 * number * DAY)
         if log == "impressions":
             rows = rows.with_columns(pl.col("request") + number * 10_000)
         place = folder / "views" / f"{log}.parquet"
         rows.write_parquet(place / f".{number}")
         (place / f".{number}").rename(place / f"more-{number:06d}.parquet")
-    append_to_training_set(small(), settings(folder, "set", test_end=20_000))
+    append_to_training_set(schema, settings(folder, "set", test_end=20_000))
     print(number, flush=True)
 """
+SHAPES: dict[str, tuple[Callable[[], Schema], Callable[[], dict[str, pl.DataFrame]]]] = {
+    "plain": (small, lambda: make_views(num_requests=300, num_events=2_000)),
+    "derived values": (derived_views.schema, lambda: derived_views.make(0)),
+}
 
 
 @pytest.mark.slow
-def test_appends_that_are_killed_at_random_moments_leave_whole_sets(tmp_path: Path) -> None:
+@pytest.mark.parametrize("shape", SHAPES)
+def test_appends_that_are_killed_at_random_moments_leave_whole_sets(tmp_path: Path, shape: str) -> None:
     """Whatever is there after a SIGKILL is the set before an append or after it, and so are the older versions."""
-    views, data = make_views(num_requests=300, num_events=2_000), settings(tmp_path, "set", test_end=20_000)
+    schema, views, data = SHAPES[shape][0](), SHAPES[shape][1](), settings(tmp_path, "set", test_end=20_000)
     write_days(tmp_path / "views", views, range(10))
     for log in ("impressions", "events"):
-        views[log].with_columns(pl.col("time") + 10 * DAY).write_parquet(tmp_path / f"{log}.parquet")
-    build_training_set(small(), data)
+        rows = views[log].with_columns(pl.col("^(time|created)$") + 10 * DAY)
+        rows.write_parquet(tmp_path / f"{log}.parquet")
+    build_training_set(schema, data)
     num_rows = views["impressions"].height
     rng, left_behind, was_interrupted = random.Random(0), 0, 0
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -323,7 +332,7 @@ def test_appends_that_are_killed_at_random_moments_leave_whole_sets(tmp_path: Pa
     for _ in range(8):
         files = len(list((tmp_path / "views" / "impressions.parquet").glob("more-*")))
         process = subprocess.Popen(
-            [sys.executable, "-c", FOREVER, str(tmp_path), str(files)],
+            [sys.executable, "-c", FOREVER, str(tmp_path), str(files), shape],
             cwd=ROOT,
             env=environment,
             stdout=subprocess.PIPE,
@@ -352,7 +361,7 @@ def test_appends_that_are_killed_at_random_moments_leave_whole_sets(tmp_path: Pa
         )
         if len(list((tmp_path / "views" / "impressions.parquet").glob("more-*"))) > done:
             was_interrupted += 1
-            append_to_training_set(small(), data)
+            append_to_training_set(schema, data)
         appends = len(TrainingSet.open(tmp_path / "set").manifest["appends"])
     assert left_behind > 0, "no kill fell into an append: the test has shown nothing"
     assert was_interrupted > 0
