@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -40,13 +39,13 @@ from recsys.derived import AsOf, Windowed
 from recsys.encoding import EncodedColumn, Encoder
 from recsys.errors import ConfigError, SchemaError, SourceError
 from recsys.schema import Feature, Schema
-from recsys.training_set import Table, TrainingSet, open_table
+from recsys.training_set import EncodedTables, TrainingSet
 from recsys.windows import WindowedValue
 
 Stage = Callable[[str], None]
 
 
-class ViewSnapshot:
+class ViewSnapshot(EncodedTables):
     """Users, items, events and derived values of views, encoded.
 
     Args:
@@ -57,29 +56,13 @@ class ViewSnapshot:
     """
 
     def __init__(self, joined: Joined, encoder: Encoder, folder: Path, files: Any) -> None:
-        self.folder = folder
-        self.schema: Schema = encoder.schema
+        super().__init__(folder, encoder.schema)
         self.encoder = encoder
         self.fingerprint = fingerprint(
             {"files": files, "schema": fingerprint(self.schema), "encoder": encoder.fingerprint}
         )
         self.derived = ViewDerived(joined, encoder) if self.schema.derived else None
         write_entities(folder, joined, encoder, stage=lambda _: None)
-
-    @cached_property
-    def users(self) -> Table:
-        """Encoded user features; row 0 is the unknown user."""
-        return open_table(self.folder / "users.arrow")
-
-    @cached_property
-    def items(self) -> Table:
-        """Encoded item features; row 0 is the unknown item."""
-        return open_table(self.folder / "items.arrow")
-
-    @cached_property
-    def events(self) -> dict[str, Table]:
-        """Event log of each history."""
-        return {h.name: open_table(self.folder / "events" / f"{h.name}.arrow") for h in self.schema.histories}
 
 
 @contextmanager

@@ -322,7 +322,35 @@ def _is_locked(path: Path) -> bool:
     return False
 
 
-class TrainingSet:
+class EncodedTables:
+    """The tables of users, items and event logs in a folder, each opened when it is first asked for.
+
+    Attributes:
+        folder: where they are.
+        schema: what they hold.
+    """
+
+    def __init__(self, folder: Path, schema: Schema) -> None:
+        self.folder = folder
+        self.schema = schema
+
+    @cached_property
+    def users(self) -> Table:
+        """Encoded user features; row 0 is the unknown user."""
+        return open_table(self.folder / "users.arrow")
+
+    @cached_property
+    def items(self) -> Table:
+        """Encoded item features; row 0 is the unknown item."""
+        return open_table(self.folder / "items.arrow")
+
+    @cached_property
+    def events(self) -> dict[str, Table]:
+        """Event log of each history."""
+        return {h.name: open_event_log(self.folder, h.name) for h in self.schema.histories}
+
+
+class TrainingSet(EncodedTables):
     """An opened training set.
 
     Example:
@@ -332,9 +360,8 @@ class TrainingSet:
     """
 
     def __init__(self, folder: Path, manifest: dict[str, Any], schema: Schema, encoder: Encoder) -> None:
-        self.folder = folder
+        super().__init__(folder, schema)
         self.manifest = manifest
-        self.schema = schema
         self.encoder = encoder
         self._splits: dict[str, Split] = {}
 
@@ -426,21 +453,6 @@ class TrainingSet:
         return fingerprint(
             {"files": files, "schema": fingerprint(self.schema), "encoder": self.manifest["encoder_fingerprint"]}
         )
-
-    @cached_property
-    def users(self) -> Table:
-        """Encoded user features; row 0 is the unknown user."""
-        return open_table(self.folder / "users.arrow")
-
-    @cached_property
-    def items(self) -> Table:
-        """Encoded item features; row 0 is the unknown item."""
-        return open_table(self.folder / "items.arrow")
-
-    @cached_property
-    def events(self) -> dict[str, Table]:
-        """Event log of each history."""
-        return {h.name: open_event_log(self.folder, h.name) for h in self.schema.histories}
 
     def split(self, name: str) -> Split:
         """One of ``train``, ``validation``, ``test``.
