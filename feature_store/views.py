@@ -10,13 +10,13 @@ import numpy as np
 import polars as pl
 
 from feature_store.expressions import row_expression
+from feature_store.opening import open_source
 from feature_store.quarantine import Quarantine, checked_blocks
 from feature_store.sources import (
     VIEW_OF_SCOPE,
     Source,
     Use,
     feature_use,
-    open_source,
     settle_key_types,
     settle_value_types,
 )

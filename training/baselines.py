@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 
-from feature_store.sources import find_files
+from feature_store.files import find_files
 from recsys.errors import DataError, SchemaError, SourceError, nearest
 from recsys.training_set import ITEM_ROW, SOURCE_ROW, TrainingSet, label_column
 

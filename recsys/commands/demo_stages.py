@@ -16,7 +16,7 @@ import polars as pl
 
 from feature_store.build import build_training_set
 from feature_store.datasets.simulator import SimulatorConfig, simulate
-from feature_store.sources import find_files
+from feature_store.files import find_files
 from recsys.batch import Batch
 from recsys.commands.configs import shipped_config
 from recsys.commands.demo_service import Service

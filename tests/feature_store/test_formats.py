@@ -17,7 +17,8 @@ import pytest
 from feature_store.build import build_training_set
 from feature_store.files import is_address, partition_values
 from feature_store.formats import DataFile, format_of, open_file
-from feature_store.sources import Use, open_source
+from feature_store.opening import open_source
+from feature_store.sources import Use
 from recsys.config import validate
 from recsys.errors import ConfigError, SourceError
 from recsys.schema import CsvFormat, Schema

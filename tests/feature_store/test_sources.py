@@ -8,7 +8,9 @@ import polars as pl
 import pytest
 
 from feature_store.build import build_training_set
-from feature_store.sources import Use, find_files, kind_of, open_source
+from feature_store.files import find_files
+from feature_store.opening import open_source
+from feature_store.sources import Use, kind_of
 from recsys.errors import QuarantineError, SourceError
 from recsys.training_set import TrainingSet
 from tests.feature_store.small_views import (
