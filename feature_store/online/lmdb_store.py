@@ -26,20 +26,30 @@ class LMDB:
     A process opens a folder once; threads share the object.
 
     Args:
-        folder: made if ``is_writable``.
+        folder: of the store; holds nothing else.
         is_writable: False for a service that only reads.
+        is_made: whether a store that is not there is made, if ``is_writable``.
         map_gib: the most that it can hold.
 
     Raises:
         SourceError: there is no store, or the folder cannot be used.
     """
 
-    def __init__(self, folder: str | Path, *, is_writable: bool = True, map_gib: int = MAP_GIB) -> None:
+    def __init__(
+        self, folder: str | Path, *, is_writable: bool = True, is_made: bool = True, map_gib: int = MAP_GIB
+    ) -> None:
         self.folder = Path(folder)
-        if not is_writable and not (self.folder / "data.mdb").is_file():
+        if not (is_writable and is_made) and not (self.folder / "data.mdb").is_file():
             raise SourceError(
                 f"{self.folder} must hold an online store, got none", hint="make it with `recsys materialize`"
             )
+        if self.folder.exists() and not (self.folder / "data.mdb").is_file():
+            found = "a file" if not self.folder.is_dir() else "a folder of other files"
+            if found == "a file" or any(self.folder.iterdir()):
+                raise SourceError(
+                    f"{self.folder} must be the folder of an online store, or be empty, or not exist, got {found}",
+                    hint="choose another path",
+                )
         try:
             if is_writable:
                 self.folder.mkdir(parents=True, exist_ok=True)

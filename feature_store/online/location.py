@@ -13,12 +13,13 @@ def is_online(location: str) -> bool:
     return location.startswith(("lmdb:", *_REDIS))
 
 
-def open_backend(location: str, *, is_writable: bool) -> KeyValues:
+def open_backend(location: str, *, is_writable: bool, is_made: bool = True) -> KeyValues:
     """Opens what holds the bytes. Loads only the client that it needs.
 
     Args:
         location: ``lmdb:PATH``, ``redis://HOST:PORT/DB`` (also ``rediss://``, ``unix://``; ``?namespace=NAME``).
         is_writable: False to read only.
+        is_made: whether an LMDB store that is not there is made, if ``is_writable``.
 
     Raises:
         ConfigError: the location is none of these.
@@ -28,7 +29,7 @@ def open_backend(location: str, *, is_writable: bool) -> KeyValues:
     if location.startswith("lmdb:") and location != "lmdb:":
         from feature_store.online.lmdb_store import LMDB
 
-        return LMDB(location.removeprefix("lmdb:"), is_writable=is_writable)
+        return LMDB(location.removeprefix("lmdb:"), is_writable=is_writable, is_made=is_made)
     if location.startswith(_REDIS):
         from feature_store.online.redis_store import Redis
 

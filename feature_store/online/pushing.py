@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 
 MAX_TIME = 7_258_118_400_000_000
 """2200-01-01 in UTC microseconds; times lie before it, as in training."""
+_EARLIEST = 631_152_000_000_000
+"""1990-01-01: what is known since before it, but happened after it, is in another unit."""
 
 
 @dataclass(frozen=True)
@@ -55,20 +58,56 @@ class Pushed(NamedTuple):
     derived: list[str]
 
 
-def histories_of(schema: Schema, event: Event) -> list[str]:
-    """Names of the histories that an event belongs to.
+def check_event(schema: Schema, event: Event) -> None:
+    """Refuses what a build would set aside.
 
     Raises:
-        DataError: its time or its type cannot be.
+        DataError: its time, a key or another value cannot be.
     """
     if not 0 <= event.time < MAX_TIME:
         raise DataError("time must lie between 1970 and 2200, in UTC microseconds, got another")
-    for what, key in (("user", event.user), ("item", event.item)):
+    keys = (("user", event.user), ("item", event.item))
+    given = {**{f"the {what}'s key": key for what, key in keys}, "type": event.type}
+    given |= {repr(column): value for column, value in event.values.items()}
+    for name, value in given.items():
+        problem = _problem_of(value)
+        if problem is not None:
+            raise DataError(f"{name} {problem}")
+    for what, key in keys:
         if isinstance(key, int) and key < 0 and schema.views.negative_keys == "quarantine":
             raise DataError(
                 f"the {what}'s key must be at least 0, got {key}: a build sets such rows aside",
                 hint="negative keys mostly stand for nobody; views.negative_keys: keep takes them",
             )
+
+
+def _problem_of(value: Any) -> str | None:
+    """What is wrong with a value whatever it is read for; None if nothing is."""
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        return "must be a signed 64-bit integer, got a larger number"
+    if isinstance(value, float) and math.isinf(value):
+        return "must be finite, got infinity"
+    if isinstance(value, str) and not _is_unicode(value):
+        return "must be Unicode text, got half of a surrogate pair"
+    if isinstance(value, (list, tuple)):
+        return next((problem for problem in map(_problem_of, value) if problem is not None), None)
+    return None
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def histories_of(schema: Schema, event: Event) -> list[str]:
+    """Names of the histories that an event belongs to.
+
+    Raises:
+        DataError: it has no type, and a history takes only some.
+    """
     typed = [h for h in schema.histories if h.event_types is not None]
     if typed and event.type is None:
         assert schema.views.events is not None
@@ -134,6 +173,11 @@ def row_of(store: OnlineStore, family: Family, event: Event) -> Rows | None:
         if isinstance(known, bool) or not isinstance(known, int):
             raise DataError(
                 f"{family.created!r} must be given in UTC microseconds: derived values count an event from then on"
+            )
+        if not 0 <= known < MAX_TIME or known < _EARLIEST <= event.time:
+            raise DataError(
+                f"{family.created!r} must be in UTC microseconds between 1970 and 2200, got another unit, or none",
+                hint="seconds times 1,000,000 are microseconds",
             )
         columns[KNOWN][1] = known
     if family.codes:

@@ -69,6 +69,9 @@ class Redis:
         self._prefix = namespace.encode() + b":"
         scheme, _, place = address.partition("://")
         self._shown = f"{scheme}://{place.rpartition('@')[2]}"  # without a password that the URL may hold
+        number = place.rpartition("@")[2].partition("/")[2]
+        if scheme != "unix" and number and not number.isdecimal():
+            raise ConfigError(f"{self._shown} must name a database by its number, got {number!r}", hint="such as /0")
         plain = f"{address}?{urlencode(query, doseq=True)}" if query else address
         try:
             # No command is repeated by the client: a compare-and-set that was done would then seem to have failed.

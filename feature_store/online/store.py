@@ -47,7 +47,7 @@ from feature_store.online.derived import (
 from feature_store.online.key_values import KeyValues
 from feature_store.online.keys import ITEM, META, USER, WORDS, Key, prefixed, stored_keys
 from feature_store.online.merging import merged_events, merged_rows
-from feature_store.online.pushing import Event, Pushed, event_columns, histories_of, row_of
+from feature_store.online.pushing import Event, Pushed, check_event, event_columns, histories_of, row_of
 from feature_store.online.reading import Entities, Events, Read, live, live_columns
 from recsys.config import Config
 from recsys.encoding.columns import Array, offsets_of
@@ -59,17 +59,30 @@ FORMAT = "recsys.online"
 FORMAT_VERSION = 1
 
 
+_MOST = 1_000_000_000
+_LONGEST_S = 3_155_760_000.0
+"""A hundred years; leave the limit out for longer ones."""
+
+
 class Limits(Config):
     """What a store keeps. Decided when it is first written to; None means without limit."""
 
     keep_events: int | None = Field(
-        None, ge=1, description="newest events of each history of a user; the history's max_length if not given"
+        None,
+        ge=1,
+        le=_MOST,
+        description="newest events of each history of a user; the history's max_length if not given",
     )
     keep_rows: int | None = Field(
-        None, ge=1, description="newest rows of a user for derived values; all that their windows reach if not given"
+        None,
+        ge=1,
+        le=_MOST,
+        description="newest rows of a user for derived values; all that their windows reach if not given",
     )
-    user_ttl_s: float | None = Field(None, gt=0, description="users and their histories expire so long after a write")
-    item_ttl_s: float | None = Field(None, gt=0, description="items expire so long after a write")
+    user_ttl_s: float | None = Field(
+        None, gt=0, le=_LONGEST_S, description="users and their histories expire so long after a write"
+    )
+    item_ttl_s: float | None = Field(None, gt=0, le=_LONGEST_S, description="items expire so long after a write")
 
 
 class OnlineStore:
@@ -356,6 +369,7 @@ class OnlineStore:
             EncodingError: a value cannot be encoded.
             UnavailableError: the store does not answer; whether the event was added is not known.
         """
+        check_event(self.schema, event)
         names = histories_of(self.schema, event)
         places = [n for n, family in enumerate(self.layout.families) if family.source == "events"]
         pushed = [(n, row_of(self, self.layout.families[n], event)) for n in places]

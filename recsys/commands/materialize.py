@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from recsys.commands.options import Json
+
+if TYPE_CHECKING:
+    from recsys.encoding import Encoder
 
 StoreArgument = Annotated[str, typer.Argument(metavar="STORE", help="lmdb:PATH or redis://HOST:PORT/DB.")]
 
@@ -73,10 +76,13 @@ def materialize(
     from feature_store.online.store import Limits, OnlineStore
     from recsys.commands.terminal import print_facts, print_json, stage
     from recsys.config import validate
+    from recsys.errors import ConfigError
 
+    if (training_set is None) == (experiment is None):
+        raise ConfigError("one of --training-set and --experiment must be given")
     given = {"keep_events": keep_events, "keep_rows": keep_rows, "user_ttl_s": user_ttl, "item_ttl_s": item_ttl}
     limits = validate(Limits, given, source="options")
-    end = None if until is None else microseconds(until)
+    end = None if until is None else _end(until)
     with (
         stage(f"materialize {training_set or experiment}") as tell,
         _source(training_set, experiment, model, tell) as (
@@ -84,6 +90,7 @@ def materialize(
             derived,
         ),
     ):
+        _check_end(end, source)
         online = OnlineStore(open_backend(store, is_writable=True), source.encoder, limits=limits)
         try:
             summary = bring_up(
@@ -109,18 +116,15 @@ def _source(
     training_set: Path | None, experiment: Path | None, model: Path | None, tell: Callable[[str], None]
 ) -> Iterator[tuple[Any, Any]]:
     """What a store is filled from, and what derived values are computed of; None without any."""
-    from recsys.encoding import Encoder
     from recsys.errors import ConfigError
     from recsys.training_set import TrainingSet
 
-    if (training_set is None) == (experiment is None):
-        raise ConfigError("one of --training-set and --experiment must be given")
     if experiment is not None:
         from feature_store.snapshot import view_snapshot
         from training.experiment import load_experiment
 
         found, schema = load_experiment(experiment, [])
-        encoder = Encoder.load((model or Path(found.data.training_set)) / "encoder")
+        encoder = TrainingSet.open(found.data.training_set).encoder if model is None else encoder_at(model)
         with view_snapshot(found.data, encoder, schema=schema, stage=tell) as snapshot:
             yield snapshot, snapshot.derived
         return
@@ -137,19 +141,62 @@ def _source(
         yield snapshot, snapshot.derived
 
 
+def encoder_at(model: Path) -> Encoder:
+    """The encoder of an artifact, or of a training set.
+
+    Raises:
+        ConfigError: the folder is neither.
+        IntegrityError: the encoder is damaged.
+    """
+    from recsys.encoding import Encoder
+    from recsys.errors import ConfigError
+
+    if not (model / "encoder" / "encoder.json").is_file():
+        raise ConfigError(f"--model must be the folder of an artifact or of a training set, got {model}")
+    return Encoder.load(model / "encoder")
+
+
+def _end(until: str) -> int:
+    from feature_store.online.pushing import MAX_TIME
+    from recsys.errors import ConfigError
+
+    end = microseconds(until)
+    if not 0 <= end < MAX_TIME:
+        raise ConfigError(
+            f"--until must lie between 1970 and 2200, in UTC microseconds or as ISO 8601 text, got {until}"
+        )
+    return end
+
+
+def _check_end(end: int | None, source: Any) -> None:
+    """Refuses an end in seconds or milliseconds: nothing would have happened yet."""
+    from feature_store.time_spans import EARLIEST, iso
+    from recsys.errors import ConfigError
+    from recsys.training_set import TIME
+
+    last = max((int(log.array(TIME).max(initial=-1)) for log in source.events.values()), default=-1)
+    if end is not None and end < EARLIEST <= last:
+        raise ConfigError(
+            f"--until must be ISO 8601 text or UTC microseconds, got {end}, which is {iso(end)}: events go on until "
+            f"{iso(last)}",
+            hint="seconds times 1,000,000 are microseconds",
+        )
+
+
 def microseconds(text: str) -> int:
     """UTC microseconds of a time given as text."""
+    import re
     from datetime import UTC, datetime
 
     from recsys.errors import ConfigError
 
-    if text.lstrip("-").isdigit():
+    if re.fullmatch(r"-?[0-9]{1,30}", text):
         return int(text)
     try:
         moment = datetime.fromisoformat(text)
     except ValueError as err:
         raise ConfigError(f"TIME must be ISO 8601 or UTC microseconds, got {text!r}") from err
     if moment.tzinfo is None:
-        raise ConfigError(f"TIME must say its offset, got {text!r}", hint=f"write {text}Z for UTC")
+        raise ConfigError(f"TIME must say its offset, got {text!r}", hint=f"write {moment.isoformat()}Z for UTC")
     since = moment - datetime(1970, 1, 1, tzinfo=UTC)
     return (since.days * 86_400 + since.seconds) * 1_000_000 + since.microseconds

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from recsys.commands.materialize import StoreArgument, microseconds
+from recsys.commands.materialize import StoreArgument, encoder_at, microseconds
 from recsys.commands.options import Json
 
 _MOST_TYPES = 20
@@ -47,22 +47,24 @@ def push(
     from feature_store.online.location import open_backend
     from feature_store.online.store import OnlineStore
     from recsys.commands.terminal import print_facts, print_json
-    from recsys.encoding import Encoder
     from recsys.errors import DataError
 
-    online = OnlineStore(open_backend(store, is_writable=True), Encoder.load(model / "encoder"))
+    encoder = encoder_at(model)
+    online = OnlineStore(open_backend(store, is_writable=True, is_made=False), encoder)
     pushed: dict[str, int] = {history.name: 0 for history in online.schema.histories}
     num_events = num_derived_only = num_unused = 0
     tell_type = _types_told(online)
     try:
-        for number, line in enumerate(events or sys.stdin, start=1):
+        for number, line in enumerate(events or sys.stdin.buffer, start=1):
             if not line.strip():
                 continue
             try:
-                event = _event(line, online, any_time=any_time)
+                event = _event(_text(line), online, any_time=any_time)
                 histories, derived = online.push(event)
             except DataError as err:
-                raise type(err)(f"event {number}: {err.message}", hint=err.hint) from err
+                hints = [err.hint] if err.hint else []
+                hints += ["those before it are in the store: go on with this one"] if num_events else []
+                raise type(err)(f"event {number}: {err.message}", hint="; ".join(hints) or None) from err
             num_events += 1
             num_derived_only += bool(derived) and not histories
             num_unused += not derived and not histories
@@ -103,21 +105,52 @@ def _types_told(online: Any) -> Callable[..., None]:
     return tell
 
 
+def _text(line: str | bytes) -> str:
+    """A line of stdin, or an argument; a byte order mark is no part of it."""
+    from recsys.errors import DataError
+
+    try:
+        return (line if isinstance(line, str) else line.decode()).removeprefix("\ufeff")
+    except UnicodeDecodeError as err:
+        raise DataError("must be UTF-8, got other bytes") from err
+
+
+def _object(text: str) -> dict[str, Any]:
+    """A JSON object in which nothing is said twice."""
+    import json
+
+    from recsys.errors import DataError
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            names = [name for name, _ in pairs]
+            raise DataError(f"{next(n for n in names if names.count(n) > 1)!r} must be given once, got it twice")
+        return found
+
+    def refuse(word: str) -> None:
+        raise DataError(f"must be a JSON object, which has no {word}", hint="write null for what is missing")
+
+    try:
+        given = json.loads(text, object_pairs_hook=once, parse_constant=refuse)
+    except DataError:
+        raise
+    except (ValueError, RecursionError) as err:
+        raise DataError("must be a JSON object, got other text") from err
+    if not isinstance(given, dict):
+        raise DataError("must be a JSON object, got another JSON value")
+    return given
+
+
 def _event(line: str, online: Any, *, any_time: bool) -> Any:
     """One event from its JSON."""
-    import json
     import time
 
     from feature_store.online.pushing import Event
     from feature_store.time_spans import EARLIEST, iso
-    from recsys.errors import DataError
+    from recsys.errors import ConfigError, DataError
 
-    try:
-        given = json.loads(line)
-    except ValueError as err:
-        raise DataError("must be a JSON object, got other text") from err
-    if not isinstance(given, dict):
-        raise DataError("must be a JSON object, got another JSON value")
+    given = _object(line)
     view = online.schema.views.events
     if view is None:
         raise DataError("the model must have a history, got none", hint="there is nothing that events could change")
@@ -129,17 +162,25 @@ def _event(line: str, online: Any, *, any_time: bool) -> Any:
     when = given.pop(view.time, None)
     if when is not None and (isinstance(when, bool) or not isinstance(when, (int, str))):
         raise DataError(f"{view.time!r} must be ISO 8601 text or UTC microseconds")
-    at = time.time_ns() // 1000 if when is None else microseconds(str(when))
-    if not any_time and at < EARLIEST:
+    try:
+        at = time.time_ns() // 1000 if when is None else microseconds(str(when))
+    except ConfigError as err:
+        raise DataError(
+            f"{view.time!r} must be ISO 8601 text with an offset, or UTC microseconds", hint=err.hint
+        ) from err
+    if not any_time and 0 <= at < EARLIEST:
         raise DataError(
             f"{view.time!r} must be ISO 8601 text or UTC microseconds, got {when}, which is {iso(at)}",
             hint="seconds times 1,000,000 are microseconds; --any-time takes it as it is",
         )
     kind = None if view.type is None else given.pop(view.type, None)
+    if kind is not None and not isinstance(kind, (str, int)):
+        raise DataError(f"{view.type!r} must be text or an integer: the event's type")
     return Event(
         user=keys["user"],
         item=keys["item"],
         time=at,
-        type=None if kind is None else str(kind),
+        # As a build reads types that are no text.
+        type=None if kind is None else str(kind).lower() if isinstance(kind, bool) else str(kind),
         values=given,
     )

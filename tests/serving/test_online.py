@@ -139,6 +139,8 @@ def test_locations() -> None:
     for wrong in ("lmdb:", "folder", "http://host"):
         with pytest.raises(ConfigError, match="STORE must be lmdb:PATH or redis"):
             open_backend(wrong, is_writable=False)
+    with pytest.raises(ConfigError, match=r"redis://localhost:1/one must name a database by its number, got 'one'"):
+        open_backend("redis://localhost:1/one", is_writable=False)
 
 
 # The commands
@@ -187,6 +189,18 @@ def test_the_commands(world: World, location: str, run: Callable[..., Any]) -> N
         ('{"item_id": 1, "type": "click"}', "event 1: 'user_id' must be given"),
         ('{"user_id": 1, "item_id": 1, "type": "click", "time": 1.5}', "event 1: 'time' must be ISO 8601"),
         ('{"user_id": 1, "item_id": 1}', "event 1: type must be given"),
+        ('{"user_id": 1, "user_id": 2, "item_id": 1, "type": "click"}', "event 1: 'user_id' must be given once"),
+        (
+            '{"user_id": 1, "item_id": 1, "type": "click", "dwell": NaN}',
+            "event 1: must be a JSON object, which has no NaN",
+        ),
+        ('{"user_id": 1, "item_id": 1, "type": "click", "dwell": 1e999}', "event 1: 'dwell' must be finite"),
+        ('{"user_id": 1, "item_id": 1, "type": ["click"]}', "event 1: 'type' must be text or an integer"),
+        ('{"user_id": 1, "item_id": 9223372036854775808, "type": "click"}', "event 1: the item's key must be a signed"),
+        ('{"user_id": 1, "item_id": 1, "type": "click", "time": "2030-01-01"}', "write 2030-01-01T00:00:00Z for UTC"),
+        ('{"user_id": 1, "item_id": 1, "type": "click", "time": "\u00b2"}', "event 1: 'time' must be ISO 8601 text"),
+        ('{"user_id": 1, "item_id": 1, "type": "click", "time": "0001-01-01T00:00:00Z"}', "between 1970 and 2200"),
+        pytest.param("[" * 100_000, "event 1: must be a JSON object", id="deep"),
         ('{"user_id": 1, "item_id": 1, "type": "click", "dwel": 1}', "event 1: 'dwel' must be a column"),
     ],
 )
@@ -194,6 +208,61 @@ def test_events_that_are_none(world: World, tmp_path: Path, run: Callable[..., A
     location = f"lmdb:{tmp_path / 'online'}"
     filled(world, location).close()
     done = run("push", location, "--model", world.artifact, event)
+    assert done.exit_code == 2
+    assert words in done.stderr
+
+
+def test_bytes_that_are_no_text_and_where_to_go_on(world: World, tmp_path: Path, run: Callable[..., Any]) -> None:
+    location = f"lmdb:{tmp_path / 'online'}"
+    filled(world, location).close()
+    event = json.dumps({"user_id": 424244, "item_id": 5, "type": "click"}).encode()
+    done = run("push", location, "-m", world.artifact, input=b"\xef\xbb\xbf" + event + b"\r\n\n" + b"{\xff}\n" + event)
+    assert done.exit_code == 2
+    assert "event 3: must be UTF-8, got other bytes" in done.stderr
+    assert "those before it are in the store: go on with this one" in done.stderr
+    store = OnlineStore(open_backend(location, is_writable=False), world.training_set.encoder)
+    assert len(store.history("clicked", pa.array([424244])).times) == 1
+    store.close()
+
+
+def test_folders_of_other_things_are_no_stores(world: World, tmp_path: Path, run: Callable[..., Any]) -> None:
+    """A store in the folder of a training set would keep it from being built again."""
+    folder = world.training_set.folder
+    before = sorted(p.name for p in folder.iterdir())
+    event = json.dumps({"user_id": 1, "item_id": 5, "type": "click"})
+    (tmp_path / "file").write_text("x")
+    for place, words in ((folder, "got a folder of other files"), (tmp_path / "file", "got a file")):
+        done = run("materialize", f"lmdb:{place}", "-t", folder)
+        assert done.exit_code == 2
+        assert f"{place} must be the folder of an online store, or be empty, or not exist, {words}" in done.stderr
+    for place in (folder, tmp_path / "nowhere"):
+        done = run("push", f"lmdb:{place}", "-m", folder, event)
+        assert done.exit_code == 2
+        assert f"{place} must hold an online store, got none" in done.stderr
+    assert sorted(p.name for p in folder.iterdir()) == before
+    assert not (tmp_path / "nowhere").exists()
+    done = run("push", f"lmdb:{tmp_path}", "-m", tmp_path / "nowhere", event)
+    assert "--model must be the folder of an artifact or of a training set" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--until", "9" * 25), "--until must lie between 1970 and 2200"),
+        (("--until", "9" * 40), "TIME must be ISO 8601 or UTC microseconds"),
+        (("--until", "\u00b2"), "TIME must be ISO 8601 or UTC microseconds"),
+        (("--until", "-5"), "--until must lie between 1970 and 2200"),
+        (("--until", "1700000000"), "got 1700000000, which is 1970-01-01T00:28:20+00:00: events go on until 20"),
+        (("--until", "2023-11-18"), "write 2023-11-18T00:00:00Z for UTC"),
+        (("--user-ttl", "1e300"), "user_ttl_s: must be less than or equal to 3155760000"),
+        (("--keep-events", "99999999999999999999"), "keep_events: must be less than or equal to 1000000000"),
+    ],
+)
+def test_options_that_cannot_be_meant(
+    world: World, tmp_path: Path, run: Callable[..., Any], arguments: tuple[str, str], words: str
+) -> None:
+    name, value = arguments
+    done = run("materialize", f"lmdb:{tmp_path / 'online'}", "-t", world.training_set.folder, f"{name}={value}")
     assert done.exit_code == 2
     assert words in done.stderr
 

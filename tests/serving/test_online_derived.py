@@ -300,6 +300,9 @@ def test_events_that_do_not_fit_are_refused(built: TrainingSet, tmp_path: Path) 
     filled(built, store)
     with pytest.raises(DataError, match="'created' must be given in UTC microseconds"):
         store.push(Event(1, 101, START + 60 * DAY, "click", {"dwell": 3}))
+    for created in (-1, (START + 60 * DAY) // 1_000_000, 10**17):
+        with pytest.raises(DataError, match="'created' must be in UTC microseconds between 1970 and 2200"):
+            store.push(Event(1, 101, START + 60 * DAY, "click", good | {"created": created}))
     with pytest.raises(DataError, match="'dwell' must be of the types of the events view"):
         store.push(Event(1, 101, START + 60 * DAY, "click", good | {"dwell": "long"}))
     store.close()

@@ -218,6 +218,12 @@ def test_limits_are_those_of_the_first_write(training_set: TrainingSet, fresh: F
         (Event(1, 2, 5, "click", {"dwel": 3}), "'dwel' must be a column that a history reads"),
         (Event("one", 2, 5, "click"), "user_id must hold integers"),
         (Event(1, 2, 5, "click", {"dwell": [3]}), "dwell"),
+        (Event(2**63, 2, 5, "click"), "the user's key must be a signed 64-bit integer"),
+        (Event(1, 2**70, 5, "click"), "the item's key must be a signed 64-bit integer"),
+        (Event(1, 2, 5, "click", {"dwell": 2**64}), "'dwell' must be a signed 64-bit integer"),
+        (Event(1, 2, 5, "click", {"dwell": float("inf")}), "'dwell' must be finite"),
+        (Event(1, 2, 5, "cl\ud800ick"), "type must be Unicode text"),
+        (Event(1, 2, 5, "click", {"category": ["a", "\udfff"]}), "'category' must be Unicode text"),
     ],
 )
 def test_an_event_that_cannot_be_taken(training_set: TrainingSet, fresh: Fresh, event: Event, words: str) -> None:
