@@ -138,7 +138,8 @@ def _new_files(old: TrainingSet, inputs: Mapping[str, Any]) -> dict[str, set[str
     now = {(f["view"], f["file"]): f for f in inputs["files"]}
     for (view, name), file in known.items():
         if view in _LOGS and now.get((view, name)) != file:
-            raise SourceError(f"{view}: {name} must be as when the set was built, but was changed", hint=_REBUILD)
+            what = "was changed" if (view, name) in now else "is gone"
+            raise SourceError(f"{view}: {name} must be as when the set was built, but {what}", hint=_REBUILD)
     return {log: {name for view, name in now if view == log and (view, name) not in known} for log in _LOGS}
 
 

@@ -73,7 +73,7 @@ class EventChecks:
         if self._is_whole and self.times.num_rows and len(absent) == len(set(event_types)):
             raise SourceError(
                 f"{place}: {reader} must find events of type {', '.join(event_types)}, got none",
-                hint=nearest(event_types[0], present),
+                hint=nearest(event_types[0], present) if present else "no event has a type: check views.events.type",
             )
         self._views.notes += [
             f"{reader}: there is no event of type {name!r} ({nearest(name, present)})" for name in absent

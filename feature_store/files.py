@@ -71,12 +71,12 @@ class Located:
 
 
 def locate(
-    view: str, root: str | Path, pattern: str, declared: FormatSpec | None = None, *, cache: Path | None = None
+    view: str | None, root: str | Path, pattern: str, declared: FormatSpec | None = None, *, cache: Path | None = None
 ) -> tuple[Located, ...]:
     """The files of a view, in the order that numbers its rows: by name.
 
     Args:
-        view: its name in the schema.
+        view: its name in the schema; None before there is one.
         root: folder or address that ``pattern`` is relative to.
         pattern: a file, a folder of parts, or a glob pattern.
         declared: format of all files; by their names if None.
@@ -99,13 +99,13 @@ def locate(
     return tuple(found)
 
 
-def find_files(view: str, root: Path, pattern: str, declared: FormatSpec | None = None) -> tuple[Path, ...]:
+def find_files(view: str | None, root: Path, pattern: str, declared: FormatSpec | None = None) -> tuple[Path, ...]:
     """The files of a view that lie here, in the order that numbers its rows.
 
     Raises:
         SourceError: there are none, their format is unknown or mixed, a link leads nowhere, or a partition is empty.
     """
-    field = f"views.{view}.path"
+    field = _field(view)
     path = root / pattern
     if path.is_file():
         files = [path]
@@ -116,14 +116,21 @@ def find_files(view: str, root: Path, pattern: str, declared: FormatSpec | None 
     else:
         files = [Path(p) for p in glob.glob(str(path), recursive=True) if Path(p).is_file()]  # noqa: PTH207 - any root
     if not files:
-        beside = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+        beside = [p.name for p in path.parent.iterdir() if p != path] if path.parent.is_dir() else []
         place = f"holds no {_any_format()} file" if path.is_dir() else "does not exist"
-        hint = nearest(path.name, beside) if beside else None
+        if path.is_symlink():
+            place = "is a link to nothing"
+        hint = nearest(path.name, beside) if beside and not path.is_dir() else None
         if hint is None and not root.is_absolute():
             hint = f"data.views {str(root)!r} is relative to the working folder, {Path.cwd()}"
         raise SourceError(f"{field}: {path.absolute()} {place}", hint=hint)
     _check_formats(field, str(path), [str(f) for f in files], declared)
     return tuple(sorted(files, key=lambda p: p.as_posix()))
+
+
+def _field(view: str | None) -> str:
+    """What a path was given by, as messages name it."""
+    return "PATH" if view is None else f"views.{view}.path"
 
 
 def _any_format() -> str:
@@ -193,8 +200,8 @@ def _system(address: str) -> tuple[Any, str]:
     return system, path
 
 
-def _locate_remote(view: str, address: str, declared: FormatSpec | None, cache: Path) -> tuple[Located, ...]:
-    field = f"views.{view}.path"
+def _locate_remote(view: str | None, address: str, declared: FormatSpec | None, cache: Path) -> tuple[Located, ...]:
+    field = _field(view)
     system, path = _system(address)
     try:
         entries, base = _remote_entries(system, path, declared)
@@ -210,7 +217,7 @@ def _locate_remote(view: str, address: str, declared: FormatSpec | None, cache: 
         relative = PurePosixPath(name).relative_to(base) if base else PurePosixPath(PurePosixPath(name).name)
         changed = next((entry[k] for k in ("ETag", "etag", "LastModified", "mtime", "created") if entry.get(k)), None)
         identity = {"view": view, "file": names[name], "bytes": entry.get("size"), "changed": str(changed)}
-        found.append(Located(DataFile(cache / view / relative, names[name]), names[name], identity))
+        found.append(Located(DataFile(cache / (view or "inspected") / relative, names[name]), names[name], identity))
     return tuple(found)
 
 

@@ -275,7 +275,7 @@ def _csv_batches(
         with pa_csv.open_csv(_input(file), read_options=read, parse_options=parse, convert_options=convert) as reader:
             yield from reader
     except (pa.ArrowInvalid, UnicodeDecodeError) as err:
-        if not found or not threads:
+        if not found:
             _explain(file, names, err)
     if found and threads:
         for _ in _csv_batches(
@@ -296,7 +296,7 @@ def _csv_batches(
 def _explain(file: DataFile, names: Sequence[str], err: Exception) -> None:
     """Raises what a CSV reader's error means."""
     text = str(err)
-    if "Empty CSV" in text or "nothing to read" in text.lower():
+    if "Empty CSV" in text or "nothing to read" in text.lower() or "Could not skip initial" in text:
         return  # a header and nothing else
     if isinstance(err, UnicodeDecodeError) or "invalid UTF8" in text:
         column = text.partition("column #")[2].partition(":")[0]

@@ -10,8 +10,12 @@ from feature_store.files import locate
 from feature_store.recompute import Difference, LateEvents, late_events, recompute_rows
 from feature_store.single_feature import FeatureAuc, single_feature_aucs
 from feature_store.views import view_format, view_paths
+from recsys.config import fingerprint
 from recsys.errors import IntegrityError
+from recsys.schema import Schema
 from recsys.training_set import TrainingSet
+
+_REBUILD = "build it again with `recsys build CONFIG`"
 
 
 @dataclass(frozen=True)
@@ -50,22 +54,34 @@ class LeakReport:
 
 
 def check_leaks(
-    data: DataConfig, *, num_rows: int = 300, seed: int = 0, max_auc: float = 0.95, max_auc_rows: int = 1_000_000
+    data: DataConfig,
+    *,
+    schema: Schema | None = None,
+    num_rows: int = 300,
+    seed: int = 0,
+    max_auc: float = 0.95,
+    max_auc_rows: int = 1_000_000,
 ) -> LeakReport:
     """Checks a training set against the views that it was built from.
 
     Args:
         data: where both are.
+        schema: what the views are said to hold, if that is known: it must be the set's.
         num_rows: impressions to recompute, over all splits.
         seed: of the samples.
         max_auc: a feature whose AUC by itself is clearly above it is implausible.
         max_auc_rows: rows read of a split for these.
 
     Raises:
-        IntegrityError: the training set is broken, or its views have changed since.
+        IntegrityError: the training set is broken, or its views or its schema have changed since.
         SourceError: the views cannot be read.
     """
     training_set = TrainingSet.open(data.training_set)
+    if schema is not None and fingerprint(schema) != fingerprint(training_set.schema):
+        raise IntegrityError(
+            f"{data.training_set} must be of the experiment's schema, {schema.name!r}, but it was built with another",
+            hint=_REBUILD,
+        )
     _check_unchanged(training_set, data)
     num_recomputed, differences = recompute_rows(training_set, data, num_rows=num_rows, seed=seed)
     return LeakReport(
@@ -88,5 +104,5 @@ def _check_unchanged(training_set: TrainingSet, data: DataConfig) -> None:
     if files != training_set.manifest["inputs"]["files"]:
         raise IntegrityError(
             f"{data.training_set} must be of the views as they are, but files of {data.views} have changed since",
-            hint="build it again with `recsys build CONFIG`",
+            hint=_REBUILD,
         )

@@ -85,7 +85,7 @@ def open_source(
         counted = pl.concat([s.select(pl.len()) for s in scans]).collect().to_series().to_list()
     except READ_ERRORS as err:
         raise SourceError(f"{files[0].name}: {view} cannot be read: {reason_of(err)}") from err
-    notes = [f"{f.name} holds no rows" for f, n in zip(files, counted, strict=True) if n == 0 and len(files) > 1]
+    notes = [f"{f.name} holds no rows" for f, n in zip(files, counted, strict=True) if n == 0]
     return Source(view, files, sum(counted), frame, tuple(scans), kinds, is_text, {}, tuple(notes))
 
 

@@ -122,7 +122,7 @@ def opened_view(
     """
     with tempfile.TemporaryDirectory(prefix="recsys-inspect-") as scratch:
         declared = declared or _sniffed(root, pattern)
-        located = locate("?", root, pattern, declared, cache=Path(scratch) / "fetched")
+        located = locate(None, root, pattern, declared, cache=Path(scratch) / "fetched")
         scans: list[pl.LazyFrame] = []
         names: tuple[str, ...] = ()
         is_text = False

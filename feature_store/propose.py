@@ -21,7 +21,7 @@ import polars as pl
 from feature_store.files import is_address
 from feature_store.formats import format_of
 from feature_store.profile import ColumnProfile, ViewProfile, moment_of, opened_view, profile_view
-from feature_store.sources import kind_of
+from feature_store.sources import kind_of, words_of
 from recsys.config import validate
 from recsys.errors import ConfigError, SourceError, nearest
 from recsys.schema import FormatSpec, Schema
@@ -142,8 +142,13 @@ def propose(path: str | Path, *, roles: Roles = Roles(), declared: FormatSpec | 
         SourceError: nothing can be read there.
         ConfigError: a role cannot be told from the columns.
     """
+    if not str(path):
+        raise ConfigError("PATH must name a file, a folder or an address, got nothing")
     root, patterns = _patterns(path, declared)
     profiles = {view: profile_view(root, pattern, declared) for view, pattern in patterns.items()}
+    for profile in profiles.values():
+        if profile.num_rows == 0:
+            raise SourceError(f"{profile.path} must hold rows, got none: they tell what its columns are")
     name = _identifier(Path(str(path).rstrip("/")).name.split(".")[0] or "proposed")
     comments: dict[str, str] = {}
     views, tasks = _views(root, profiles, roles, comments)
@@ -164,9 +169,11 @@ def _patterns(path: str | Path, declared: FormatSpec | None) -> tuple[str | Path
         root, _, name = str(path).rstrip("/").rpartition("/")
         return root, {"impressions": name}
     path = Path(path)
+    if path.is_symlink() and not path.exists():
+        raise SourceError(f"{path} must exist, but is a link to nothing")
     if not path.exists():
         beside = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-        raise SourceError(f"{path} must exist", hint=nearest(path.name, beside))
+        raise SourceError(f"{path} must exist", hint=nearest(path.name, beside) if beside else None)
     if path.is_file():
         return path.parent, {"impressions": path.name}
     found: dict[str, str] = {}
@@ -201,16 +208,18 @@ def _pick(profile: ViewProfile, given: str | None, pattern: str, role: str) -> s
                 f"--{role} must be a column of {profile.path}, got {given!r}", hint=nearest(given, columns)
             )
         return given
-    found = [name for name in columns if re.search(pattern, name.lower())]
+    named = found = [name for name in columns if re.search(pattern, name.strip().lower())]
     if role == "time":
         found = [n for n in found if _is_time(columns[n])] or [n for n in columns if _is_time(columns[n])]
     keys = [n for n in found if columns[n].kind in ("integer", "text")] if role in ("user", "item") else found
-    exact = [n for n in keys if re.search(r"(^|_)(id|key)$|^(user|item|time|timestamp)$", n.lower())]
+    exact = [n for n in keys if re.search(r"(^|_)(id|key)$|^(user|item|time|timestamp)$", n.strip().lower())]
     chosen = (exact or keys)[:1]
     if not chosen:
+        held = [f"column {n!r} holds {words_of(columns[n].kind)}" for n in named]  # type: ignore[arg-type]
+        wanted = "times, or integers that can be times" if role == "time" else "integers or text"
         raise ConfigError(
             f"{profile.path}: no column looks like the {role}: --{role} must name one",
-            hint=f"columns: {', '.join(columns)}",
+            hint=f"{', '.join(held)}, not {wanted}" if held else f"columns: {', '.join(columns)}",
         )
     return chosen[0]
 

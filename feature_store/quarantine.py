@@ -68,14 +68,16 @@ class Quarantine:
         raise QuarantineError(
             f"{self._source.place}: at most {max_fraction:.1%} of the rows may be broken, got {self.num_rows:,} of "
             f"{self._source.num_rows:,}\n  " + "\n  ".join(reasons),
-            hint=self._unit_hint()
+            hint=self._time_hint()
             + "mend the source (rows count from 0, after the header), or raise max_quarantined_fraction",
         )
 
-    def _unit_hint(self) -> str:
-        """For times that end after 2200, as those do that are read in too coarse a unit."""
+    def _time_hint(self) -> str:
+        """For times that cannot be read, and those after 2200, as all are that are read in too coarse a unit."""
         is_late = any(reason.endswith("is not before 2200") for reason in self._reasons)
-        return f"check views.{self._source.view}.time_unit, " if is_late else ""
+        is_none = any(reason.endswith("is not a time") for reason in self._reasons)
+        times = "times are integers, or text such as 2020-09-13T12:26:40Z; " if is_none else ""
+        return times + (f"check views.{self._source.view}.time_unit, " if is_late else "")
 
     def write(self, folder: Path) -> Path | None:
         """Writes the rows as they were to ``<view>.parquet``, with ``@reason`` and ``@source_row``, if any."""

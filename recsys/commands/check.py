@@ -45,7 +45,9 @@ def check(
     experiment, schema = load_experiment(config, overrides)
     if (reference is None) != (current is None):
         raise ConfigError("--reference and --current must be given together")
-    for option, target in (("--page", page), ("--file", file)):
+    for option, target in (("--html", page), ("--output", file)):
+        if target is not None and target.is_dir():
+            raise ConfigError(f"{option} must name a file to write, got a folder, {target}")
         if target is not None:
             check_can_write(target, name=option)
     periods = None

@@ -150,9 +150,9 @@ def check_leaks(
     from recsys.commands.terminal import print_facts, print_json, print_table, stage
     from training.experiment import load_experiment
 
-    experiment, _ = load_experiment(config, overrides)
+    experiment, schema = load_experiment(config, overrides)
     with stage("check for leaks"):
-        report = check(experiment.data, num_rows=rows, seed=seed, max_auc=max_auc)
+        report = check(experiment.data, schema=schema, num_rows=rows, seed=seed, max_auc=max_auc)
     if as_json:
         print_json(report.to_dict())
     else:
@@ -205,12 +205,16 @@ def append(
         return
     state = "no new impressions" if summary.skipped else f"appended in {summary.seconds:.1f} s"
     facts: dict[str, Any] = {f"{split} impressions": rows for split, rows in summary.rows.items()}
-    facts |= {"outside all splits": summary.outside_split, "users": summary.users, "items": summary.items}
+    facts |= {"outside all splits": summary.outside_split}
+    facts |= {"users": summary.users, "users without attributes": summary.users_without_attributes}
+    facts |= {"items": summary.items, "items without attributes": summary.items_without_attributes}
+    facts |= {f"history {history}, events": events for history, events in summary.events.items()}
     facts |= {
         f"quarantined: {view}, {reason}": rows
         for view, reasons in summary.quarantined.items()
         for reason, rows in reasons.items()
     }
+    facts |= {f"note {number}": note for number, note in enumerate(summary.notes, start=1)}
     print_facts(f"{experiment.data.training_set} ({state})", facts)
 
 

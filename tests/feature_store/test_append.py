@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -14,12 +15,15 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 import pytest
+import yaml
+from typer.testing import CliRunner
 
 from feature_store.append import append_to_training_set, prune_versions
 from feature_store.build import DataConfig, build_training_set
 from feature_store.leaks import check_leaks
 from feature_store.workspace import exclusive, versions_of
 from recsys.batch import Batch
+from recsys.cli import app
 from recsys.config import validate
 from recsys.errors import SourceError
 from recsys.schema import Schema
@@ -216,8 +220,29 @@ def test_nothing_new_is_nothing_done_and_a_changed_file_is_refused(tmp_path: Pat
     with pytest.raises(SourceError, match=r"split\.train_end must not be earlier"):
         append_to_training_set(schema, settings(tmp_path, "set", train_end=5))
     views["events"].head(3).write_parquet(tmp_path / "views" / "events.parquet" / "day-0.parquet")
-    with pytest.raises(SourceError, match=r"events.*must be as when the set was built"):
+    with pytest.raises(SourceError, match=r"day-0\.parquet must be as when the set was built, but was changed"):
         append_to_training_set(schema, settings(tmp_path, "set"))
+    (tmp_path / "views" / "events.parquet" / "day-0.parquet").unlink()
+    with pytest.raises(SourceError, match=r"day-0\.parquet must be as when the set was built, but is gone"):
+        append_to_training_set(schema, settings(tmp_path, "set"))
+
+
+def test_the_command_tells_what_a_build_tells(tmp_path: Path) -> None:
+    """Notes, and items that have lost their attributes."""
+    views = make_views(num_requests=120, num_events=600)
+    write_days(tmp_path / "views", views, range(8))
+    data = settings(tmp_path, "set")
+    build_training_set(small(), data)
+    (tmp_path / "schema.yaml").write_text(yaml.safe_dump(small().model_dump(mode="json")))
+    experiment = {"name": "small", "schema_file": "schema.yaml", "data": data.model_dump(mode="json")}
+    (tmp_path / "x.yaml").write_text(yaml.safe_dump(experiment | {"model": {"kind": "din"}}))
+    write_days(tmp_path / "views", views, range(8, 9))
+    views["items"].head(0).write_parquet(tmp_path / "views" / "items.parquet")
+    done = CliRunner(env={"COLUMNS": "200", "TERM": "dumb"}).invoke(app, ["data", "append", str(tmp_path / "x.yaml")])
+    assert done.exit_code == 0, done.stderr
+    facts = dict(re.split(r"  +", line, maxsplit=1) for line in done.stdout.splitlines()[1:])
+    assert facts["items without attributes"] == facts["items"] == "20"
+    assert facts["note 1"] == f"{tmp_path}/views/items.parquet holds no rows"
 
 
 def test_new_files_may_lack_a_type_but_not_have_the_wrong_unit(tmp_path: Path) -> None:

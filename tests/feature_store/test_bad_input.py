@@ -231,6 +231,18 @@ def a_csv_cut_in_the_middle_of_its_last_line(place: Place) -> None:
     place.bytes_of("events", lambda content: content + b"3,1")
 
 
+@fails(SourceError, "users.csv: row 2 must have 3 fields", "got 2; more such rows follow", "cut short")
+def a_csv_whose_header_has_a_field_more(place: Place) -> None:
+    place.as_csv()
+    place.bytes_of("users", lambda content: content.replace(b"user,age", b"user,age,", 1))
+
+
+@notes("items.csv", "no rows")
+def a_csv_of_a_header_without_a_line_end(place: Place) -> None:
+    place.as_csv()
+    place.bytes_of("items", lambda content: content.split(b"\n")[0])
+
+
 @fails(SourceError, "items.csv", "quote")
 def a_quote_that_is_never_closed(place: Place) -> None:
     place.as_csv()
@@ -293,6 +305,18 @@ def an_empty_partition(place: Place) -> None:
 @notes("events/b.parquet", "no rows")
 def a_part_without_rows(place: Place) -> None:
     place.parts("events", {"a.parquet": place.frames["events"], "b.parquet": place.frames["events"][:0]})
+
+
+@notes("users.parquet", "no rows")
+def users_without_rows(place: Place) -> None:
+    """Nobody has an age then."""
+    place.frames["users"] = place.frames["users"][:0]
+
+
+@fails(SourceError, "views.users.path", "users.parquet", "link to nothing")
+def a_view_that_is_a_link_to_nothing(place: Place) -> None:
+    place.later(lambda: place.file("users").rename(place.folder / "gone.parquet"))
+    place.later(lambda: place.file("users").symlink_to(place.folder / "elsewhere.parquet"))
 
 
 @fails(SourceError, "views.events.path", "b.parquet", "link")
@@ -479,6 +503,12 @@ def times_in_words(place: Place) -> None:
     place.put("events", "time", "yesterday")
 
 
+@fails(QuarantineError, "events.csv", "time is not a time: 300 rows", "text such as 2020-09-13T12:26:40Z")
+def times_as_people_write_them(place: Place) -> None:
+    place.as_csv()
+    place.frames["events"] = place.frames["events"].with_columns(time=pl.lit("09/15/2020 10:00"))
+
+
 @sets_aside("events", "time is not a time")
 def a_day_that_no_calendar_has(place: Place) -> None:
     place.as_csv()
@@ -603,6 +633,16 @@ def infinite_labels(place: Place) -> None:
 def rows_without_a_label(place: Place) -> None:
     place.put("impressions", "click", None)
     place.put("impressions", "watched", None)
+
+
+@notes("task 'click'", "column 'click'", "empty in all", "rows of train")
+def a_task_without_a_label(place: Place) -> None:
+    place.frames["impressions"] = place.frames["impressions"].with_columns(click=pl.lit(None, pl.Int64))
+
+
+@fails(SourceError, "history 'clicked' must find events of type click, got none", "no event has a type")
+def events_without_a_type(place: Place) -> None:
+    place.frames["events"] = place.frames["events"].with_columns(type=pl.lit(None, pl.String))
 
 
 @sets_aside("impressions", "price is infinite")

@@ -17,7 +17,7 @@ from feature_store.quality import check_quality
 from feature_store.time_spans import TimeColumn, check_unit
 from feature_store.views import Views
 from recsys.config import validate
-from recsys.errors import ConfigError, SchemaError, SourceError
+from recsys.errors import ConfigError, IntegrityError, SchemaError, SourceError
 from recsys.schema import Schema
 from recsys.training_set import TrainingSet
 from tests.feature_store.derived_views import DERIVED, NUMBERS, VERSIONS, expected, make, mapping, schema, stored
@@ -247,6 +247,16 @@ def test_a_derived_value_that_the_views_do_not_give_is_named(tmp_path: Path, tab
     report = check_leaks(config(tmp_path), num_rows=60)
     assert {d.place for d in report.differences} == {column}
     assert {d.split for d in report.differences} == {"validation"}
+
+
+def test_a_set_of_another_schema_is_not_checked_as_this_one(tmp_path: Path) -> None:
+    build(tmp_path, make(8), schema())
+    other = schema(derived=changed("item_likes", prior=0.5))
+    with pytest.raises(
+        IntegrityError, match=r"must be of the experiment's schema, 'small', but it was built with anoth"
+    ):
+        check_leaks(config(tmp_path), schema=other)
+    assert check_leaks(config(tmp_path), schema=schema(), num_rows=5).differences == ()
 
 
 def test_drift_of_derived_values_is_checked(tmp_path: Path) -> None:

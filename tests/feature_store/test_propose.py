@@ -189,6 +189,32 @@ def test_roles_and_places_that_are_wrong(tmp_path: Path) -> None:
         propose(tmp_path / "users")
 
 
+def test_files_that_tell_nothing(tmp_path: Path) -> None:
+    """Each message says what is there, not what was looked for in vain."""
+    with pytest.raises(ConfigError, match="PATH must name a file"):
+        propose("")
+    with pytest.raises(SourceError) as error:
+        propose(tmp_path / "empty" / "lag.parquet")
+    assert error.value.hint is None
+    (tmp_path / "loop.csv").symlink_to(tmp_path / "gone.csv")
+    with pytest.raises(SourceError, match=r"loop\.csv must exist, but is a link to nothing"):
+        propose(tmp_path / "loop.csv")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(SourceError, match=r"PATH: .*folder holds no Parquet") as error:
+        propose(tmp_path / "folder")
+    assert error.value.hint is None
+    for name, content in (("head.csv", "uid,iid,ts\n"), ("cut.csv", "uid,iid,ts")):
+        (tmp_path / name).write_text(content)
+        with pytest.raises(SourceError, match=f"{name} must hold rows, got none"):
+            propose(tmp_path / name)
+    log().with_columns(uid=pl.struct("uid")).write_parquet(tmp_path / "nested.parquet")
+    with pytest.raises(ConfigError, match="--user must name one") as error:
+        propose(tmp_path / "nested.parquet")
+    assert error.value.hint == "column 'uid' holds values of an unsupported type, not integers or text"
+    log().rename({"uid": " uid "}).write_parquet(tmp_path / "spaced.parquet")
+    assert propose(tmp_path / "spaced.parquet").mapping["views"]["impressions"]["user"] == " uid "
+
+
 def test_the_command_writes_nothing_over(tmp_path: Path) -> None:
     log().write_parquet(tmp_path / "log.parquet")
     (tmp_path / "schema.yaml").write_text("mine")

@@ -213,6 +213,9 @@ def test_the_command(tmp_path: Path) -> None:
         "2020-09-18T00:00Z..2020-09-24T00:00Z",
     ]
     assert runner.invoke(app, ["data", "check", str(tmp_path / "x.yaml"), *halves, "--json"]).exit_code == 3
+    folder = runner.invoke(app, ["data", "check", str(tmp_path / "x.yaml"), "--html", str(tmp_path)])
+    assert folder.exit_code == 2
+    assert f"--html must name a file to write, got a folder, {tmp_path}" in folder.stderr
     for wrong in (halves[:2], ["--reference", "x", "--current", "y"], [*halves[:3], "2020-09-18..2020-09-19"]):
         refused = runner.invoke(app, ["data", "check", str(tmp_path / "x.yaml"), *wrong])
         assert refused.exit_code == 2

@@ -457,6 +457,7 @@ def test_a_place_that_cannot_be_written_is_told_before_any_work(
     done = invoke(*arguments[command])
     assert done.exit_code == 2, done.output
     assert f"must be a place that can be written to, got {target}" in done.stderr
+    assert command != "check" or "--html must be" in done.stderr
     assert "Traceback" not in done.stderr
 
 
