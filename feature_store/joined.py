@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import chain
 from typing import Any, Protocol, Self
 
 import numpy as np
@@ -152,14 +153,18 @@ class Joined:
         work = work or LocalEvents()
         happened = work.scan(views) if "events" in views.sources else None
         stage("Joining users")
-        users = _entities(views, "user", shown, happened, known)
+        users, user_row = _entities(views, "user", shown, happened, known)
         stage("Joining items")
-        items = _entities(views, "item", shown, happened, known)
+        items, item_row = _entities(views, "item", shown, happened, known)
         stage("Grouping impressions")
-        user_row = users.rows_of(views.keys("impressions", "user").gather(shown))
-        item_row = items.rows_of(views.keys("impressions", "item").gather(shown))
         requests = _requests(views, shown, user_row, item_row)
         views.notes += check_unit(requests.time, views.time_column("impressions"))
+        # In the order of the requests from here on; what is in that of the view need not be in memory with the events.
+        is_whole = len(shown) == views.sources["impressions"].num_rows
+        source_row = requests.order if is_whole else shown[requests.order]
+        item_row = item_row[requests.order]
+        user_row = user_row[requests.order[requests.row_start]]
+        del shown
         stage("Sorting events")
         spans: dict[str, tuple[str, str]] = {}
         if happened is None:
@@ -174,9 +179,9 @@ class Joined:
             users=users,
             items=items,
             requests=requests,
-            source_row=shown[requests.order],
-            item_row=item_row[requests.order],
-            user_row=user_row[requests.order[requests.row_start]],
+            source_row=source_row,
+            item_row=item_row,
+            user_row=user_row,
             logs=logs,
             num_unused_events=num_unused,
             time_spans=spans if shown_span is None else {"impressions": shown_span, **spans},
@@ -294,27 +299,29 @@ def _entities(
     shown: np.ndarray,
     happened: Happened | None,
     known: Mapping[str, Table] | None,
-) -> Entities:
-    """The users, or the items, of their view and of the valid rows of the logs."""
+) -> tuple[Entities, np.ndarray]:
+    """The users, or the items, of their view and of the valid rows of the logs; and the row of each impression's."""
     order = in_shard_order if scope == "user" else pl.Series.sort
     if known is not None:
         first = known[scope].keys
         assert first is not None
         order = partial(_behind, pl.Series(first[1:]), order)
-    logs = [views.keys("impressions", scope).gather(shown)]
+    keys_shown = _taken(views.keys("impressions", scope), shown).rechunk()
+    logs = [keys_shown]
     if happened is not None:
         logs.append(happened.keys[scope])
     view = f"{scope}s"
     if view not in views.sources:
-        return Entities.join(None, views.key_column("impressions", scope), None, logs, order=order)
+        entities = Entities.join(None, views.key_column("impressions", scope), None, logs, order=order)
+        return entities, entities.rows_of(keys_shown)
     rows = views.valid_rows(view)
     keys = views.keys(view, scope).gather(rows)
     is_first = keys.is_first_distinct()
     column = views.key_column(view, scope)
     views.quarantine(view, f"{column} repeats that of an earlier row", rows[~is_first.to_numpy()])
-    return Entities.join(
-        views.sources[view], column, (keys.filter(is_first), rows[is_first.to_numpy()]), logs, order=order
-    )
+    in_view = (keys.filter(is_first), rows[is_first.to_numpy()])
+    entities = Entities.join(views.sources[view], column, in_view, logs, order=order)
+    return entities, entities.rows_of(keys_shown)
 
 
 def _behind(known: pl.Series, order: Callable[[pl.Series], pl.Series], keys: pl.Series) -> pl.Series:
@@ -341,21 +348,26 @@ def _no_logs(views: Views, users: Entities) -> tuple[dict[str, EventLog], int]:
 
 def _requests(views: Views, shown: np.ndarray, user_row: np.ndarray, item_row: np.ndarray) -> Requests:
     """Groups valid impressions; requests that contradict themselves are set aside."""
-    time = views.time("impressions")[shown]
+    time = _taken(pl.Series(views.time("impressions")), shown).to_numpy()
     keys = views.request_keys()
     if keys is None:
         return Requests.group(time, user_row, item_row)
-    numbers = keys.gather(shown).rank("dense").cast(pl.Int64).to_numpy() - 1
-    requests = Requests.group(time, user_row, item_row, numbers)
+    requests = Requests.group(time, user_row, item_row, _taken(keys, shown))
+    del time, keys  # room for the columns that follow
     contradictory = np.zeros(requests.num_requests, dtype=bool)
-    checked = {views.key_column("impressions", "user"): pl.Series(user_row)}
-    checked.update({column: values.gather(shown) for column, values in views.context_columns().items()})
-    for column, values in checked.items():
+    of_user = (views.key_column("impressions", "user"), pl.Series(user_row))
+    of_context = ((column, _taken(values, shown)) for column, values in views.context_columns())
+    for column, values in chain([of_user], of_context):
         differing = requests.where_differing(values) & ~contradictory
         rows = shown[requests.order[np.repeat(differing, requests.row_counts)]]
         views.quarantine("impressions", f"{column} differs within the request", np.sort(rows))
         contradictory |= differing
     return requests.without(contradictory)
+
+
+def _taken(values: pl.Series, rows: np.ndarray) -> pl.Series:
+    """Values of some rows, ascending; as they are if those are all, which takes no copy."""
+    return values if len(rows) == len(values) else values.gather(rows)
 
 
 def _event_logs(

@@ -31,7 +31,7 @@ class Requests:
 
     @classmethod
     def group(
-        cls, time: np.ndarray, user_row: np.ndarray, item_row: np.ndarray, request: np.ndarray | None = None
+        cls, time: np.ndarray, user_row: np.ndarray, item_row: np.ndarray, request: pl.Series | None = None
     ) -> Self:
         """Groups impressions given in the order of the view.
 
@@ -39,20 +39,25 @@ class Requests:
             time: ``(N,)`` int64, UTC microseconds.
             user_row: ``(N,)`` int64.
             item_row: ``(N,)`` int64.
-            request: ``(N,)`` int64, number of each impression's request: 0, 1, ... in the order of the keys, none left
-                out; without it each impression is a request of its own.
+            request: ``(N,)`` key of each impression's request, none null; without it each impression is a request of
+                its own.
         """
         if request is None:
             order = stable_order(time, user_row, item_row)
             return cls(order, np.arange(len(order), dtype=np.int64), time[order])
-        earliest = np.full(int(request.max(initial=-1)) + 1, np.iinfo(np.int64).max)
-        np.minimum.at(earliest, request, time)
-        by_time = stable_order(earliest, np.arange(len(earliest)))
+        # The rows of a request mostly follow one another: what can be done once a run is not done once a row.
+        runs = request.rle().struct.unnest()
+        sizes = runs["len"].cast(pl.Int64).to_numpy()
+        number = runs["value"].rank("dense").cast(pl.Int64).to_numpy() - 1
+        row_counts = np.bincount(number, sizes).astype(np.int64)
+        earliest = np.full(len(row_counts), np.iinfo(np.int64).max)
+        np.minimum.at(earliest, number, np.minimum.reduceat(time, np.cumsum(sizes) - sizes))
+        by_time = stable_order(earliest)
         place = np.empty(len(earliest), dtype=np.int64)
         place[by_time] = np.arange(len(earliest))
-        order = stable_order(place[request], item_row)
-        row_start = np.searchsorted(place[request][order], np.arange(len(earliest)))
-        return cls(order, row_start.astype(np.int64, copy=False), earliest[by_time])
+        order = stable_order(np.repeat(place[number], sizes), item_row)
+        row_counts = row_counts[by_time]
+        return cls(order, np.cumsum(row_counts) - row_counts, earliest[by_time])
 
     @property
     def num_requests(self) -> int:
@@ -75,13 +80,15 @@ class Requests:
         Args:
             column: ``(N,)`` values of any type, in the order of the view.
         """
-        ordered = column.gather(self.order)
-        request_of_row = np.repeat(np.arange(self.num_requests), self.row_counts)
-        first = ordered.gather(self.row_start[request_of_row])
-        differs = (~ordered.eq_missing(first)).to_numpy()
-        found = np.zeros(self.num_requests, dtype=bool)
-        found[request_of_row[differs]] = True
-        return found
+        if self.num_requests == 0:
+            return np.zeros(0, dtype=bool)
+        first, last = (outermost.reduceat(self.order, self.row_start) for outermost in (np.minimum, np.maximum))
+        if (last - first + 1 != self.row_counts).any():  # the rows of a request do not follow one another in the view
+            column = column.gather(self.order)
+            first, last = self.row_start, self.row_start + self.row_counts - 1
+        run = column.rle_id().to_numpy()
+        differing: np.ndarray = run[first] != run[last]
+        return differing
 
     def without(self, dropped: np.ndarray) -> Self:
         """The same without some requests and their rows.

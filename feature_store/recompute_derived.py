@@ -80,7 +80,7 @@ class DerivedTruth:
         keys = self.views.request_keys()
         if keys is None:
             return rows
-        columns = {"@user": self.views.keys("impressions", "user"), **self.views.context_columns()}
+        columns = {"@user": self.views.keys("impressions", "user"), **dict(self.views.context_columns())}
         frame = pl.DataFrame(
             {
                 "@generation": generations,

@@ -373,14 +373,14 @@ class Views:
         """Raw values of a feature in every row of its view."""
         return self.sources[VIEW_OF_SCOPE[feature.scope]].column(feature_use(self.schema, feature))
 
-    def context_columns(self) -> dict[str, pl.Series]:
-        """Raw values of what context features read, by column, in every impression."""
-        features = [
-            f
+    def context_columns(self) -> Iterator[tuple[str, pl.Series]]:
+        """Each column that context features read, with its raw values in every impression; one at a time is read."""
+        features = {
+            f.source_column: f
             for f in self.schema.features_of("context")
             if not self.reads_time(f) and self.schema.derived_of(f) is None
-        ]
-        return {f.source_column: self.values(f) for f in features}
+        }
+        return ((column, self.values(feature)) for column, feature in features.items())
 
     def valid_rows(self, view: str) -> np.ndarray:
         """``(n,)`` int64: rows of a view without a problem; the others are set aside.

@@ -25,6 +25,12 @@ def test_stable_order_of_keys_too_wide_to_pack(rows: list[tuple[int, int]]) -> N
     assert stable_order(*keys).tolist() == sorted(range(len(rows)), key=lambda i: rows[i])
 
 
+@given(st.lists(st.tuples(SMALL, st.integers(0, 2**55)), min_size=2, max_size=300))
+def test_stable_order_of_keys_that_leave_no_room_for_the_position(rows: list[tuple[int, int]]) -> None:
+    keys = [np.array([r[i] for r in rows], dtype=np.int64) for i in range(2)]
+    assert stable_order(*keys).tolist() == sorted(range(len(rows)), key=lambda i: rows[i])
+
+
 @given(
     st.lists(st.tuples(SMALL, st.integers(0, 6), st.sampled_from("ab")), max_size=40),
     st.lists(st.tuples(SMALL, st.integers(0, 7)), max_size=20),
@@ -69,7 +75,7 @@ def test_requests_hold_their_rows_at_their_earliest_time(rows: list[tuple[int, i
     present = sorted({r[0] for r in rows})
     request = np.array([present.index(r[0]) for r in rows], dtype=np.int64)
     time, item = (np.array([r[i] for r in rows], dtype=np.int64) for i in (1, 2))
-    grouped = Requests.group(time, request, item, request)
+    grouped = Requests.group(time, request, item, pl.Series(request))
     assert grouped.num_requests == len(present)
     assert sorted(grouped.order.tolist()) == list(range(len(rows)))
     keys = []
@@ -102,12 +108,14 @@ def test_impressions_without_a_request_are_sorted_by_time_then_user_then_item() 
     ],
 )
 def test_requests_that_differ_in_a_column(column: pl.Series, expected: list[bool]) -> None:
-    requests = Requests.group(np.zeros(4, int), np.zeros(4, int), np.arange(4), np.array([0, 0, 1, 1]))
+    requests = Requests.group(np.zeros(4, int), np.zeros(4, int), np.arange(4), pl.Series([0, 0, 1, 1]))
     assert requests.where_differing(column).tolist() == expected
+    apart = Requests.group(np.zeros(4, int), np.zeros(4, int), np.arange(4), pl.Series(["b", "a", "b", "a"]))
+    assert apart.where_differing(column.gather([2, 0, 3, 1])).tolist() == expected
 
 
 def test_without_drops_whole_requests() -> None:
-    requests = Requests.group(np.array([3, 1, 1, 2]), np.zeros(4, int), np.arange(4), np.array([0, 1, 1, 2]))
+    requests = Requests.group(np.array([3, 1, 1, 2]), np.zeros(4, int), np.arange(4), pl.Series([0, 1, 1, 2]))
     kept = requests.without(np.array([False, True, False]))
     assert kept.order.tolist() == [1, 2, 0]
     assert kept.row_start.tolist() == [0, 2]
