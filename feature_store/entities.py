@@ -10,6 +10,7 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 
+from feature_store.event_shards import distinct
 from feature_store.sources import Source, Use, to_arrow
 from recsys.encoding import KeyIndex
 
@@ -52,7 +53,7 @@ class Entities:
             in_logs: keys of impressions and of events, repeated as they come.
             order: puts different keys in the order of the table.
         """
-        parts = [series.unique().rename("key") for series in in_logs]
+        parts = [distinct(series).rename("key") for series in in_logs]
         if in_view is not None:
             parts.append(in_view[0].rename("key"))
         keys = order(pl.concat(parts).unique())
@@ -79,7 +80,9 @@ class Entities:
 
     def rows_of(self, keys: pl.Series) -> np.ndarray:
         """``(n,)`` int64: row of each key in the table, 0 if it is not known."""
-        return self.index.positions(to_arrow(keys)) + 1
+        rows = self.index.positions(to_arrow(keys))
+        rows += 1
+        return rows
 
     def column(self, use: Use) -> pa.Array[Any]:
         """Raw values of a feature for each row of the table; null where the view has no row."""

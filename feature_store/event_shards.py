@@ -35,6 +35,7 @@ MEMORY_BYTES = 256 << 20
 """What all shards together keep in memory before they spill."""
 
 MAX_HISTORIES = 63
+_BLOCK = 1 << 16
 
 
 def shard_of_keys(keys: pa.Array[Any]) -> np.ndarray:
@@ -119,12 +120,12 @@ class EventShards:
         self.num_histories = num_histories
         self.counts = np.zeros((num_histories, self.num_shards), dtype=np.int64)
         self._folder = folder
-        self._types = (
+        self._types: tuple[type[np.integer[Any]], ...] = (
             _smallest(num_events),
             _smallest(int(user_bounds[-1])),
             _smallest(num_items),
             np.int64,
-            np.uint8 if num_histories <= 8 else np.uint64,
+            bits_type(num_histories),
         )
         self._shard_of_user = np.repeat(
             np.arange(-1, self.num_shards), np.diff(user_bounds, prepend=0).clip(min=0)
@@ -144,10 +145,12 @@ class EventShards:
         order = np.argsort(shard, kind="stable")
         edges = np.zeros(self.num_shards + 1, dtype=np.int64)
         np.cumsum(np.bincount(shard, minlength=self.num_shards), out=edges[1:])
-        columns = [c.astype(t, copy=False)[order] for c, t in zip(block.columns, self._types, strict=True)]
+        columns: list[np.ndarray] = [
+            c.astype(t, copy=False)[order] for c, t in zip(block.columns, self._types, strict=True)
+        ]
         for history in range(self.num_histories):
-            is_in = (columns[-1] >> history) & 1
-            self.counts[history] += np.bincount(shard[order], is_in, minlength=self.num_shards).astype(np.int64)
+            is_in = (block.histories >> history) & 1
+            self.counts[history] += np.bincount(shard, is_in, minlength=self.num_shards).astype(np.int64)
         for number, (start, stop) in enumerate(zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True)):
             if start < stop:
                 self._held[number].append(EventBlock(*(c[start:stop] for c in columns)))
@@ -232,6 +235,11 @@ def _smallest(count: int) -> type[np.integer[Any]]:
     return np.int32 if count < 2**31 else np.int64
 
 
+def bits_type(num_histories: int) -> type[np.unsignedinteger[Any]]:
+    """The smallest type with a bit for each history."""
+    return np.uint8 if num_histories <= 8 else np.uint64
+
+
 def _array(length: int, folder: Path | None) -> np.ndarray:
     """Room for int64; in a file without a name if there is a folder."""
     if folder is None or length == 0:
@@ -263,7 +271,7 @@ class DistinctKeys:
 
     def add(self, keys: pl.Series) -> None:
         """Takes keys, repeated as they come."""
-        part = keys.unique()
+        part = distinct(keys)
         self._parts.append(part)
         self._num_pending += len(part)
         if self._num_pending > max(self._COMPACT_ROWS, len(self._parts[0])):
@@ -273,3 +281,22 @@ class DistinctKeys:
     def result(self) -> pl.Series:
         """The keys, in no particular order."""
         return pl.concat(self._parts).unique() if self._parts else pl.Series(dtype=pl.Null)
+
+
+def distinct(keys: pl.Series) -> pl.Series:
+    """Different keys, in no particular order, nulls among them.
+
+    Integers that lie close together, as numbered users and items do, are ticked off a list, which is several times
+    faster than hashing them.
+    """
+    if keys.dtype != pl.Int64 or keys.null_count() or keys.is_empty():
+        return keys.unique()
+    values = keys.to_numpy()
+    lowest = int(values.min())
+    span = int(values.max()) - lowest + 1
+    if span > len(values):
+        return keys.unique()
+    is_there = np.zeros(span, dtype=bool)
+    for begin in range(0, len(values), _BLOCK):  # so that the differences stay in the cache
+        is_there[values[begin : begin + _BLOCK] - lowest] = True
+    return pl.Series(keys.name, np.flatnonzero(is_there) + lowest)

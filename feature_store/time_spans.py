@@ -42,6 +42,7 @@ MAX_TYPES = 50
 _FIRST_YEAR, _LAST_YEAR = 1990, 2100
 _SHARE = 0.99
 _MIXED = 0.001
+_MERGED_AT = 1024  # rows of counts that are not yet merged: once a block would cost more than counting it
 _FACTORS = (1_000, 1_000_000, 1_000_000_000)
 _UNITS: tuple[TimeUnit, ...] = ("ns", "us", "ms", "s")
 _BEGIN, _END = (int(datetime(year, 1, 1, tzinfo=UTC).timestamp()) * 1_000_000 for year in (_FIRST_YEAR, _LAST_YEAR))
@@ -101,7 +102,6 @@ class TimeCounts:
     Attributes:
         impressions: as given.
         is_typed: as given.
-        by_type: one row a type: ``type``, ``rows``, ``first`` and ``last`` time; for each moment, ``before <moment>``.
     """
 
     def __init__(self, impressions: tuple[int, int] | None = None, *, is_typed: bool = False) -> None:
@@ -113,7 +113,7 @@ class TimeCounts:
             moments += [first - MAX_GAP_YEARS * YEAR, last]
         self._moments = sorted(set(moments))
         columns = ["rows", "first", "last", *(f"before {moment}" for moment in self._moments)]
-        self.by_type = pl.DataFrame(schema={"type": pl.String, **dict.fromkeys(columns, pl.Int64)})
+        self._parts = [pl.DataFrame(schema={"type": pl.String, **dict.fromkeys(columns, pl.Int64)})]
 
     @classmethod
     def of(cls, times: np.ndarray, types: pl.Series | None = None, impressions: tuple[int, int] | None = None) -> Self:
@@ -140,20 +140,34 @@ class TimeCounts:
         names = pl.Series([None], dtype=pl.String).new_from_index(0, len(times)) if types is None else types
         first, last = int(times.min()), int(times.max())  # type: ignore[arg-type]
         time = pl.col("time")
-        columns = {"rows": pl.len(), "first": time.min(), "last": time.max()}
+        counted = {"rows": pl.len(), "first": time.min(), "last": time.max()}
+        known = {}
         for moment in self._moments:  # of most, all times of a block are on one side
-            is_between = first < moment <= last
-            is_after = pl.len() if last < moment else pl.lit(0)
-            columns[f"before {moment}"] = (time < moment).sum() if is_between else is_after
-        block = pl.DataFrame({"type": names, "time": times}).group_by("type").agg(**columns)
-        self.merge(block.select(pl.col("type").cast(pl.String), pl.exclude("type").cast(pl.Int64)))
+            if first < moment <= last:
+                counted[f"before {moment}"] = (time < moment).sum()
+            else:
+                known[f"before {moment}"] = pl.col("rows") if last < moment else pl.lit(0)
+        block = pl.LazyFrame({"type": names, "time": times}).group_by("type").agg(**counted).with_columns(**known)
+        self.merge(block.select(pl.col("type").cast(pl.String), pl.exclude("type").cast(pl.Int64)).collect())
 
     def merge(self, by_type: pl.DataFrame) -> None:
         """Adds the counts of other times with the same moments."""
-        columns = {name: pl.col(name).sum() for name in by_type.columns if name not in ("type", "first", "last")}
-        columns |= {"first": pl.col("first").min(), "last": pl.col("last").max()}
-        found = pl.concat([self.by_type, by_type.select(self.by_type.columns)]).group_by("type").agg(**columns)
-        self.by_type = found.select(self.by_type.columns)
+        self._parts.append(by_type.select(self._parts[0].columns))
+        if sum(part.height for part in self._parts[1:]) > max(_MERGED_AT, self._parts[0].height):
+            self._merge()
+
+    @property
+    def by_type(self) -> pl.DataFrame:
+        """One row a type: ``type``, ``rows``, ``first`` and ``last`` time; for each moment, ``before <moment>``."""
+        self._merge()
+        return self._parts[0]
+
+    def _merge(self) -> None:
+        names = self._parts[0].columns
+        if len(self._parts) > 1:
+            columns = {name: pl.col(name).sum() for name in names if name not in ("type", "first", "last")}
+            columns |= {"first": pl.col("first").min(), "last": pl.col("last").max()}
+            self._parts = [pl.concat(self._parts).group_by("type").agg(**columns).select(names)]
 
     @property
     def num_rows(self) -> int:

@@ -144,14 +144,18 @@ class KeyIndex:
         for begin in range(0, len(values), _BLOCK):
             block = values[begin : begin + _BLOCK]
             if self._direct is not None:
-                # Unsigned, so that one comparison finds the values on either side, and no difference overflows.
-                shifted = block.view(np.uint64) - np.uint64(self._lowest % 2**64)
-                inside = shifted < np.uint64(len(self._direct))
-                places = self._direct[np.where(inside, shifted, np.uint64(0)).view(np.int64)]
-                found[begin : begin + _BLOCK] = np.where(inside, places, -1)
+                found[begin : begin + _BLOCK] = self._places_of_addresses(self._direct, block)
             else:
                 found[begin : begin + _BLOCK] = self._places[self._slots_of_hashes(hash_integers(block))]
         return found
+
+    def _places_of_addresses(self, direct: npt.NDArray[np.integer], integers: Int64s) -> npt.NDArray[np.integer]:
+        # Unsigned, so that one comparison finds the values on either side, and no difference overflows.
+        shifted = integers.view(np.uint64) - np.uint64(self._lowest % 2**64)
+        if shifted.max() < np.uint64(len(direct)):  # mostly, all are among the keys
+            return direct[shifted.view(np.int64)]
+        inside = shifted < np.uint64(len(direct))
+        return np.where(inside, direct[np.where(inside, shifted, np.uint64(0)).view(np.int64)], -1)
 
     def _find_texts(self, texts: Array) -> Int64s:
         if len(texts) <= FEW:

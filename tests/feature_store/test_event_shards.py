@@ -6,10 +6,12 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from feature_store import event_shards
 from feature_store.event_log import EventLog, stable_order
-from feature_store.event_shards import NUM_SHARDS, EventBlock, EventShards, in_shard_order, shard_bounds
+from feature_store.event_shards import NUM_SHARDS, EventBlock, EventShards, distinct, in_shard_order, shard_bounds
 from feature_store.sources import to_arrow
 from tests.feature_store.small_views import build, make_views, same_sets
 
@@ -65,6 +67,19 @@ def test_a_build_that_spills_is_the_same(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr("feature_store.sources._BLOCK_ROWS", 128)
     same_sets(in_memory, build(tmp_path / "b", views))
     assert not list((tmp_path / "b" / "training_set").rglob("*.bin"))
+
+
+@given(
+    st.one_of(
+        st.lists(st.integers(-3, 3), max_size=30),
+        st.lists(st.one_of(st.none(), st.integers(-(2**63), 2**63 - 1), st.integers(5, 9)), max_size=30),
+    )
+)
+def test_distinct_keys_are_those_of_a_set(keys: list[int | None]) -> None:
+    found = distinct(pl.Series("user", keys, dtype=pl.Int64))
+    assert len(found) == len(set(keys))
+    assert set(found) == set(keys)
+    assert found.name == "user"
 
 
 @pytest.mark.parametrize("num_values", [1, 3, 1_000_000])

@@ -149,7 +149,9 @@ def test_events_long_before_every_impression_are_an_error(years: float, fails: b
         assert spans["events"][1].startswith("2020-09-13")
 
 
-def test_counts_of_blocks_are_counts_of_all() -> None:
+@pytest.mark.parametrize("merged_at", [0, 10_000])
+def test_counts_of_blocks_are_counts_of_all(merged_at: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("feature_store.time_spans._MERGED_AT", merged_at)
     rng = np.random.default_rng(0)
     shown = (HERE, HERE + DAY)
     # Moments themselves, and their neighbours: a block may begin, end or lie wholly at any of them.
