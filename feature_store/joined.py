@@ -225,7 +225,7 @@ class Joined:
         if self.views.reads_time(feature):
             times: pa.Array[Any] = pa.array(self.requests.time[requests])
             return times
-        return to_arrow(self.views.values(feature).gather(self.source_row[self.requests.row_start[requests]]))
+        return to_arrow(self.views.values_in(feature, self.source_row[self.requests.row_start[requests]]))
 
     def candidate_column(self, feature: Feature, rows: slice) -> pa.Array[Any]:
         """Raw values of a candidate feature, one an impression."""
@@ -235,7 +235,7 @@ class Joined:
         if self.views.reads_time(feature):
             times: pa.Array[Any] = pa.array(self.views.time("impressions")[self.source_row[rows]])
             return times
-        return to_arrow(self.views.values(feature).gather(self.source_row[rows]))
+        return to_arrow(self.views.values_in(feature, self.source_row[rows]))
 
     def _derived_column(self, feature: Feature, derived: Derived, rows: slice) -> pa.Array[Any]:
         return raw_values(self.views, feature, derived, self.derived[derived.name][rows])
@@ -249,7 +249,7 @@ class Joined:
         if self.views.reads_time(feature):
             times: pa.Array[Any] = pa.array(log.time)
             return times
-        return to_arrow(self.views.values(feature).gather(log.source_row))
+        return to_arrow(self.views.values_in(feature, log.source_row))
 
     def rows_of(self, requests: slice) -> slice:
         """The impressions of consecutive requests."""

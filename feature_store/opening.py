@@ -80,13 +80,12 @@ def open_source(
             scan.select(_uniform(c, columns[c], kinds[c]) for c in names)
             for scan, columns in zip(scans, schemas, strict=True)
         ]
-    frame = pl.concat(scans, how="vertical_relaxed") if len(scans) > 1 else scans[0]
     try:
         counted = pl.concat([s.select(pl.len()) for s in scans]).collect().to_series().to_list()
     except READ_ERRORS as err:
         raise SourceError(f"{files[0].name}: {view} cannot be read: {reason_of(err)}") from err
     notes = [f"{f.name} holds no rows" for f, n in zip(files, counted, strict=True) if n == 0]
-    return Source(view, files, sum(counted), frame, tuple(scans), kinds, is_text, {}, tuple(notes))
+    return Source(view, files, tuple(counted), tuple(scans), kinds, is_text, {}, tuple(notes))
 
 
 def _open_all(

@@ -323,8 +323,8 @@ def _drifts(joined: Joined, periods: Periods) -> tuple[list[Drift], dict[str, di
         both = [_shown(joined, feature, slices[name]) for name in _PERIODS]
         found.append(_drift(joined.schema, feature.name, histogram(both[0], both[1])))
     for task in joined.schema.tasks:
-        labels = joined.views.labels(task)
-        both = [pl.Series(labels[joined.source_row[joined.rows_of(slices[name])]]) for name in _PERIODS]
+        shown_rows = [joined.source_row[joined.rows_of(slices[name])] for name in _PERIODS]
+        both = [pl.Series(joined.views.labels(task, rows_of_period)) for rows_of_period in shown_rows]
         counted = histogram(*(s.fill_nan(None).cast(pl.Int64) for s in both))
         found.append(_drift(joined.schema, task.name, counted))
     return found, shown

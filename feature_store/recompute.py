@@ -159,7 +159,7 @@ class _Truth:
         self._items = views.keys("impressions", "item").gather(sources).to_list()
         self._own_time = views.time("impressions")[sources].tolist()
         self._request_time = self._find_request_times()
-        self._labels = {task.name: views.labels(task)[sources] for task in self.schema.tasks}
+        self._labels = {task.name: views.labels(task, sources) for task in self.schema.tasks}
         self._derived = DerivedTruth(
             views,
             self._valid_rows,

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any, Literal
 
 import numpy as np
@@ -120,9 +121,8 @@ class Source:
     Attributes:
         view: its name in the schema.
         files: what it was found in, in reading order.
-        num_rows: rows of all files together; a row's number among them is its *source row*.
-        frame: the columns in use, lazily, in file order.
-        scans: the same a file.
+        file_rows: rows of each.
+        scans: the columns in use of each, lazily.
         is_text: whether the columns are untyped text.
         key_types: type of each key column, once settled.
         notes: what is no fault, but worth knowing.
@@ -130,13 +130,22 @@ class Source:
 
     view: str
     files: tuple[DataFile, ...]
-    num_rows: int
-    frame: pl.LazyFrame
+    file_rows: tuple[int, ...]
     scans: tuple[pl.LazyFrame, ...]
     kinds: Mapping[str, Kind]
     is_text: bool
     key_types: Mapping[str, Kind]
     notes: tuple[str, ...] = ()
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of all files together; a row's number among them is its *source row*."""
+        return sum(self.file_rows)
+
+    @property
+    def frame(self) -> pl.LazyFrame:
+        """The columns in use, lazily, in file order."""
+        return _concatenated(self.scans)
 
     def read(self, expressions: Mapping[str, pl.Expr]) -> pl.DataFrame:
         """Evaluates expressions over all rows, in order.
@@ -144,8 +153,11 @@ class Source:
         Raises:
             SourceError: a file cannot be read after all.
         """
+        return self._collected(self.frame, expressions)
+
+    def _collected(self, frame: pl.LazyFrame, expressions: Mapping[str, pl.Expr]) -> pl.DataFrame:
         try:
-            return self.frame.select(**expressions).collect(optimizations=IN_ORDER)
+            return frame.select(**expressions).collect(optimizations=IN_ORDER)
         except READ_ERRORS as err:
             raise SourceError(f"{self._broken_file()} cannot be read: {reason_of(err)}") from err
 
@@ -163,6 +175,12 @@ class Source:
                 yield from frame.collect_batches(chunk_size=_BLOCK_ROWS, maintain_order=True, optimizations=IN_ORDER)
         except READ_ERRORS as err:
             raise SourceError(f"{self._broken_file()} cannot be read: {reason_of(err)}") from err
+
+    def _between(self, first: int, stop: int) -> pl.LazyFrame:
+        """Rows ``first`` to ``stop - 1``; each file is cut by itself, for a cut of all would read what precedes it."""
+        begins = [0, *accumulate(self.file_rows)]
+        cuts = [(max(first - begin, 0), stop - begin) for begin in begins[:-1]]
+        return _concatenated([s.slice(a, max(b - a, 0)) for s, (a, b) in zip(self.scans, cuts, strict=True)])
 
     def computed(
         self, expression: pl.Expr, uses: Sequence[Use], reader: str, *, as_numbers: Collection[str] = ()
@@ -210,6 +228,20 @@ class Source:
     def column(self, use: Use) -> pl.Series:
         """One typed column over all rows."""
         return self.read({use.column: self.typed(use)}).to_series()
+
+    def read_in(self, rows: np.ndarray, expression: pl.Expr) -> pl.Series:
+        """Evaluates an expression in some rows; nothing is read of what lies before the first or behind the last.
+
+        Args:
+            rows: ``(n,)`` int64, in any order; those of a period lie together where a log is in the order of time.
+            expression: of each row by itself.
+        """
+        first = int(rows.min(initial=self.num_rows))
+        frame = self._between(first, int(rows.max(initial=-1)) + 1)
+        column = self._collected(frame, {"value": expression}).to_series()
+        if len(rows) > len(column) // 4:
+            column = column.rechunk()  # in one piece, each row is found several times faster than in many
+        return column.gather(rows - first if first else rows)
 
     @property
     def place(self) -> str:
@@ -412,7 +444,11 @@ def settle_value_types(source: Source, uses: Iterable[Use]) -> Source:
         found[column] = "integer" if integers == values else "text"
     kinds = {**source.kinds, **{c: k for c, k in found.items() if k == "integer"}}
     casts = [pl.col(c).cast(pl.Int64) for c, k in found.items() if k == "integer"]
-    return replace(source, kinds=kinds, frame=source.frame.with_columns(casts))
+    return replace(source, kinds=kinds, scans=tuple(scan.with_columns(casts) for scan in source.scans))
+
+
+def _concatenated(scans: Sequence[pl.LazyFrame]) -> pl.LazyFrame:
+    return pl.concat(scans, how="vertical_relaxed") if len(scans) > 1 else scans[0]
 
 
 def kind_of(dtype: pl.DataType, zone: str = "UTC") -> Kind:

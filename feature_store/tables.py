@@ -98,7 +98,7 @@ def write_impressions(path: Path, joined: Joined, encoder: Encoder, rows: slice,
     source_row = joined.source_row[rows]
     columns: dict[str, EncodedColumn] = {ITEM_ROW: joined.item_row[rows], SOURCE_ROW: source_row + first_row}
     for task in joined.schema.tasks:
-        labels = joined.views.labels(task)[source_row]
+        labels = joined.views.labels(task, source_row)
         if 0 < len(labels) == np.count_nonzero(np.isnan(labels)):
             joined.views.notes.append(
                 f"task {task.name!r}: column {task.label!r} is empty in all {len(labels):,} rows of {path.parent.name}"

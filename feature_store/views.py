@@ -362,16 +362,33 @@ class Views:
             return None
         return self.sources["events"].typed(Use(events.type, "type", "events"))
 
-    def labels(self, task: Task) -> np.ndarray:
-        """``(num_rows,)`` float32: the label of every impression, NaN where it is missing."""
-        values = self.sources["impressions"].column(_label_use(task)).fill_null(np.nan).to_numpy()
+    def labels(self, task: Task, rows: np.ndarray) -> np.ndarray:
+        """``(n,)`` float32: the label of some impressions, NaN where it is missing.
+
+        Args:
+            task: whose label it is.
+            rows: ``(n,)`` int64, of the view.
+        """
+        source = self.sources["impressions"]
+        label = source.typed(_label_use(task))
         if task.at_least is not None:
-            values = np.where(np.isnan(values), np.nan, values >= task.at_least)
-        return values.astype(np.float32)
+            label = label.fill_nan(None) >= task.at_least
+        values: np.ndarray = source.read_in(rows, label.cast(pl.Float32).fill_null(np.nan)).to_numpy()
+        return values
 
     def values(self, feature: Feature) -> pl.Series:
         """Raw values of a feature in every row of its view."""
         return self.sources[VIEW_OF_SCOPE[feature.scope]].column(feature_use(self.schema, feature))
+
+    def values_in(self, feature: Feature, rows: np.ndarray) -> pl.Series:
+        """Raw values of a feature in some rows of its view.
+
+        Args:
+            feature: of any scope.
+            rows: ``(n,)`` int64, in any order.
+        """
+        source = self.sources[VIEW_OF_SCOPE[feature.scope]]
+        return source.read_in(rows, source.typed(feature_use(self.schema, feature)))
 
     def context_columns(self) -> Iterator[tuple[str, pl.Series]]:
         """Each column that context features read, with its raw values in every impression; one at a time is read."""

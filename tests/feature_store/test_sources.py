@@ -298,3 +298,19 @@ def test_unsigned_keys_past_63_bits_are_broken_rows_not_others_keys(tmp_path: Pa
     source = open_source("x", tmp_path, "x.parquet", [KEY, TIME], staging=tmp_path)
     broken = dict(source.problems(KEY))["user is not a signed 64-bit integer"]
     assert source.read({"x": broken})["x"].to_list() == [True, False]
+
+
+def test_some_rows_of_many_files_are_those_of_all(tmp_path: Path) -> None:
+    folder = tmp_path / "x"
+    folder.mkdir()
+    for number, size in enumerate([4, 0, 1, 5]):
+        begin = 10 * number
+        pl.DataFrame({"time": range(begin, begin + size)}, schema={"time": pl.Int64}).write_parquet(
+            folder / f"{number}.parquet"
+        )
+    source = open_source("x", tmp_path, "x", [TIME], staging=tmp_path)
+    everything = source.column(TIME).to_list()
+    assert (source.num_rows, len(everything)) == (10, 10)
+    for rows in ([], [0], [9], [3, 4, 5], [8, 4, 4, 6], list(range(10)), [0, 9]):
+        found = source.read_in(np.array(rows, dtype=np.int64), source.typed(TIME) + 1)
+        assert found.to_list() == [everything[row] + 1 for row in rows]
