@@ -198,7 +198,7 @@ class _Append:
             joined,
             encoder,
             slice(0, joined.requests.num_rows),
-            self._first_row,
+            first_row=self._first_row,
         )
         blocks = {h.name: self._write_events(joined, encoder, h.name, number) for h in self.schema.histories}
         self._write_requests(self.folder / part / "requests.arrow", joined, encoder, blocks)

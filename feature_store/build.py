@@ -29,20 +29,19 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 from pydantic import Field
 
 from feature_store.files import is_address, locate
 from feature_store.fit import fit_encoder
 from feature_store.joined import EventWork, Joined
 from feature_store.split import SplitConfig, microseconds
-from feature_store.tables import write_tables
+from feature_store.tables import describe_file, write_tables
 from feature_store.views import Views, view_format, view_paths, windowed
 from feature_store.workspace import exclusive, replacing
 from recsys.config import Config, fingerprint
 from recsys.encoding import Encoder
 from recsys.errors import RecsysError, SourceError
-from recsys.files import check_can_write, sha256_of, sync, write_json
+from recsys.files import check_can_write, write_json
 from recsys.schema import Schema
 from recsys.training_set import FORMAT, FORMAT_VERSION, TrainingSet
 
@@ -238,13 +237,13 @@ def _build(
         if carried is not None:
             carried.write(folder)
     encoder = fit_encoder(joined, splits["train"], train_end=microseconds(data.split.train_end), stage=stage)
-    write_tables(folder, joined, encoder, splits, stage=stage)
+    described = write_tables(folder, joined, encoder, splits, stage=stage)
     encoder.save(folder / "encoder")
     for quarantine in views.quarantines.values():
         quarantine.write(folder / "quarantine")
     shutil.rmtree(staging, ignore_errors=True)
     stage("Computing checksums")
-    files = describe_files(folder)
+    files = describe_files(folder, described=described)
     rows = {name: joined.rows_of(part) for name, part in splits.items()}
     num_rows = {name: part.stop - part.start for name, part in rows.items()}
     summary = BuildSummary(
@@ -312,22 +311,21 @@ def _check_train(joined: Joined, train: slice) -> None:
     )
 
 
-def describe_files(folder: Path, but: Container[str] = ()) -> dict[str, dict[str, Any]]:
-    """Size, checksum and, of tables, rows of every file; makes those durable that were not.
+def describe_files(
+    folder: Path, *, but: Container[str] = (), described: Mapping[Path, dict[str, Any]] | None = None
+) -> dict[str, dict[str, Any]]:
+    """What :func:`~feature_store.tables.describe_file` says of every file, by its name in the folder.
 
     Args:
         folder: of the set.
-        but: files that are described already.
+        but: names of files to leave out.
+        described: what is known already, by path.
     """
     paths = sorted(p for p in folder.rglob("*") if p.is_file() and p.relative_to(folder).as_posix() not in but)
+    known = described or {}
 
     def describe(path: Path) -> dict[str, Any]:
-        sync(path)
-        entry: dict[str, Any] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
-        if path.suffix == ".arrow":
-            with pa.memory_map(str(path), "r") as file:
-                entry["rows"] = pa.ipc.open_file(file).get_batch(0).num_rows
-        return entry
+        return known[path] if path in known else describe_file(path)
 
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
         entries = list(pool.map(describe, paths))

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, Self
 
 import numpy as np
 import pyarrow as pa
@@ -12,6 +13,7 @@ import pyarrow as pa
 from feature_store.joined import Joined
 from feature_store.point_in_time import history_slices
 from recsys.encoding import EncodedColumn, Encoder, Ragged
+from recsys.files import sha256_of, sync
 from recsys.schema import Dense, Feature
 from recsys.training_set import (
     ITEM_ROW,
@@ -26,9 +28,64 @@ from recsys.training_set import (
 )
 
 
+class Write(Protocol):
+    """Who writes a table: :func:`~recsys.training_set.write_table`, or a :class:`TableWriter`."""
+
+    def __call__(self, path: Path, columns: Mapping[str, EncodedColumn], *, keys: pa.Array[Any] | None = None) -> None:
+        """See :func:`~recsys.training_set.write_table`."""
+
+
+class TableWriter:
+    """Writes tables and takes their checksums beside the work: while one is written, the next is encoded.
+
+    Two tables at most are in memory. Used as a context, at whose end all are written.
+
+    Attributes:
+        described: of each file, what :func:`describe_file` says; once all are written.
+    """
+
+    def __init__(self) -> None:
+        self.described: dict[Path, dict[str, Any]] = {}
+        self._threads = ThreadPoolExecutor(2)  # one writes, one describes what is written
+        self._writing: Future[None] | None = None
+        self._describing: dict[Path, Future[dict[str, Any]]] = {}
+
+    def write(self, path: Path, columns: Mapping[str, EncodedColumn], *, keys: pa.Array[Any] | None = None) -> None:
+        """Waits for the table before, and begins to write this one, whose columns may not change any more."""
+        self._wait()
+        self._writing = self._threads.submit(self._write, path, columns, keys)
+
+    def _write(self, path: Path, columns: Mapping[str, EncodedColumn], keys: pa.Array[Any] | None) -> None:
+        write_table(path, columns, keys=keys)
+        self._describing[path] = self._threads.submit(describe_file, path)
+
+    def _wait(self) -> None:
+        if self._writing is not None:
+            self._writing.result()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        with self._threads:
+            if kind is None:
+                self._wait()
+                self.described = {path: described.result() for path, described in self._describing.items()}
+
+
+def describe_file(path: Path) -> dict[str, Any]:
+    """Size, checksum and, of a table, rows of a file, which is made durable if it was not."""
+    sync(path)
+    entry: dict[str, Any] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+    if path.suffix == ".arrow":
+        with pa.memory_map(str(path), "r") as file:
+            entry["rows"] = pa.ipc.open_file(file).get_batch(0).num_rows
+    return entry
+
+
 def write_tables(
     folder: Path, joined: Joined, encoder: Encoder, splits: Mapping[str, slice], *, stage: Callable[[str], None]
-) -> None:
+) -> dict[Path, dict[str, Any]]:
     """Writes every table of a training set.
 
     Args:
@@ -37,28 +94,37 @@ def write_tables(
         encoder: fitted on it.
         splits: requests of each split.
         stage: called with the name of each stage as it begins.
+
+    Returns:
+        Of each file, what :func:`describe_file` says.
     """
-    write_entities(folder, joined, encoder, stage=stage)
     long_histories = LongHistories(joined)
-    for name, requests in splits.items():
-        stage(f"Writing {name}")
-        write_impressions(folder / name / "impressions.arrow", joined, encoder, joined.rows_of(requests))
-        _write_requests(folder / name / "requests.arrow", joined, encoder, requests, long_histories)
+    with TableWriter() as writer:
+        write_entities(folder, joined, encoder, stage=stage, write=writer.write)
+        for name, requests in splits.items():
+            stage(f"Writing {name}")
+            impressions, rows = folder / name / "impressions.arrow", joined.rows_of(requests)
+            write_impressions(impressions, joined, encoder, rows, write=writer.write)
+            columns = _request_columns(joined, encoder, requests, long_histories)
+            writer.write(folder / name / "requests.arrow", columns)
     joined.views.notes += long_histories.notes
+    return writer.described
 
 
-def write_entities(folder: Path, joined: Joined, encoder: Encoder, *, stage: Callable[[str], None]) -> None:
+def write_entities(
+    folder: Path, joined: Joined, encoder: Encoder, *, stage: Callable[[str], None], write: Write = write_table
+) -> None:
     """Writes users, items and event logs; arguments as for :func:`write_tables`."""
     stage("Writing users")
-    _write_users(folder / "users.arrow", joined, encoder)
+    _write_users(folder / "users.arrow", joined, encoder, write)
     stage("Writing items")
-    _write_items(folder / "items.arrow", joined, encoder)
+    _write_items(folder / "items.arrow", joined, encoder, write)
     for history in joined.schema.histories:
         stage(f"Writing events of {history.name}")
-        _write_events(folder / "events" / f"{history.name}.arrow", joined, encoder, history.name)
+        _write_events(folder / "events" / f"{history.name}.arrow", joined, encoder, history.name, write)
 
 
-def _write_users(path: Path, joined: Joined, encoder: Encoder) -> None:
+def _write_users(path: Path, joined: Joined, encoder: Encoder, write: Write) -> None:
     """Beside its features, a user has the slice of each event log that is theirs: what serving reads histories from."""
     columns: dict[str, EncodedColumn] = {}
     for name, log in joined.logs.items():
@@ -66,26 +132,28 @@ def _write_users(path: Path, joined: Joined, encoder: Encoder) -> None:
         columns[end_column(name)] = log.user_offsets[1:]
     for feature in joined.schema.features_of("user"):
         columns[feature.name] = encoded(encoder, feature, joined.entity_column(feature))
-    write_table(path, columns, keys=joined.users.table_keys)
+    write(path, columns, keys=joined.users.table_keys)
 
 
-def _write_items(path: Path, joined: Joined, encoder: Encoder) -> None:
+def _write_items(path: Path, joined: Joined, encoder: Encoder, write: Write) -> None:
     columns = {
         feature.name: encoded(encoder, feature, joined.entity_column(feature))
         for feature in joined.schema.features_of("item")
     }
-    write_table(path, columns, keys=joined.items.table_keys)
+    write(path, columns, keys=joined.items.table_keys)
 
 
-def _write_events(path: Path, joined: Joined, encoder: Encoder, history: str) -> None:
+def _write_events(path: Path, joined: Joined, encoder: Encoder, history: str, write: Write) -> None:
     log = joined.logs[history]
     columns: dict[str, EncodedColumn] = {ITEM_ROW: log.item_row, TIME: log.time}
     for feature in joined.schema.history(history).event_features:
         columns[feature.name] = encoded(encoder, feature, joined.event_column(feature, history))
-    write_table(path, columns)
+    write(path, columns)
 
 
-def write_impressions(path: Path, joined: Joined, encoder: Encoder, rows: slice, first_row: int = 0) -> None:
+def write_impressions(
+    path: Path, joined: Joined, encoder: Encoder, rows: slice, *, first_row: int = 0, write: Write = write_table
+) -> None:
     """Writes impressions.
 
     Args:
@@ -94,9 +162,11 @@ def write_impressions(path: Path, joined: Joined, encoder: Encoder, rows: slice,
         encoder: fitted.
         rows: of the impressions.
         first_row: the source row of the first row of the view's files, if others came before them.
+        write: writes the table.
     """
     source_row = joined.source_row[rows]
-    columns: dict[str, EncodedColumn] = {ITEM_ROW: joined.item_row[rows], SOURCE_ROW: source_row + first_row}
+    row_of_all = source_row + first_row if first_row else source_row
+    columns: dict[str, EncodedColumn] = {ITEM_ROW: joined.item_row[rows], SOURCE_ROW: row_of_all}
     for task in joined.schema.tasks:
         labels = joined.views.labels(task, source_row)
         if 0 < len(labels) == np.count_nonzero(np.isnan(labels)):
@@ -106,7 +176,7 @@ def write_impressions(path: Path, joined: Joined, encoder: Encoder, rows: slice,
         columns[label_column(task.name)] = labels
     for feature in joined.schema.features_of("candidate"):
         columns[feature.name] = encoded(encoder, feature, joined.candidate_column(feature, rows))
-    write_table(path, columns)
+    write(path, columns)
 
 
 class LongHistories:
@@ -145,9 +215,9 @@ class LongHistories:
         ]
 
 
-def _write_requests(
-    path: Path, joined: Joined, encoder: Encoder, requests: slice, long_histories: LongHistories
-) -> None:
+def _request_columns(
+    joined: Joined, encoder: Encoder, requests: slice, long_histories: LongHistories
+) -> dict[str, EncodedColumn]:
     time, user_row = joined.requests.time[requests], joined.user_row[requests]
     columns: dict[str, EncodedColumn] = {
         USER_ROW: user_row,
@@ -161,7 +231,7 @@ def _write_requests(
         long_histories.see(name, end - start)
     for feature in joined.schema.features_of("context"):
         columns[feature.name] = encoded(encoder, feature, joined.context_column(feature, requests))
-    write_table(path, columns)
+    return columns
 
 
 def encoded(encoder: Encoder, feature: Feature, raw: pa.Array[Any]) -> EncodedColumn:
