@@ -36,19 +36,23 @@ def fit_encoder(joined: Joined, train: slice, *, train_end: int, stage: Callable
 
     rows = joined.rows_of(train)
     rows_of_request = joined.requests.row_counts[train]
-    shown_to = np.bincount(np.repeat(joined.user_row[train], rows_of_request), minlength=joined.users.num_rows)
+    shown_to = np.bincount(joined.user_row[train], rows_of_request, minlength=joined.users.num_rows).astype(np.int64)
     shown = np.bincount(joined.item_row[rows], minlength=joined.items.num_rows)
     is_past = {name: log.time < train_end for name, log in joined.logs.items()}
+    happened_to = {
+        history.name: np.bincount(
+            joined.logs[history.name].item_row[np.flatnonzero(is_past[history.name])], minlength=joined.items.num_rows
+        )
+        for history in joined.schema.histories
+        if history.attributes
+    }
     for feature in joined.schema.features:
         stage(f"Fitting {feature.name}")
         if feature.scope == "user":
             update(feature, joined.entity_column(feature), shown_to)
         elif feature.scope == "item":
-            weights = shown.copy()
-            for history in joined.schema.histories:
-                if feature.name in history.attributes:
-                    events = joined.logs[history.name].item_row[is_past[history.name]]
-                    weights += np.bincount(events, minlength=joined.items.num_rows)
+            readers = [history.name for history in joined.schema.histories if feature.name in history.attributes]
+            weights = sum((happened_to[name] for name in readers), start=shown)
             update(feature, joined.entity_column(feature), weights)
         elif feature.scope == "context":
             update(feature, joined.context_column(feature, train), rows_of_request)

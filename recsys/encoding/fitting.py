@@ -416,9 +416,11 @@ def _counted(keys: IntKeys | TextKeys, counts: Int64s | None) -> tuple[Array, In
             counts = None if counts is None else counts[keys.valid]
         if len(values) == 0:
             return pa.array(values), np.empty(0, np.int64)
-        lowest = int(values.min())
-        if int(values.max()) - lowest < 4 * len(values):
-            sums = _sums(values - lowest, counts, 0)
+        lowest, highest = int(values.min()), int(values.max())
+        if lowest >= 0 and highest < 4 * len(values):
+            lowest = 0  # counted as they are, without a copy
+        if highest - lowest < 4 * len(values):
+            sums = _sums(values - lowest if lowest else values, counts, 0)
             seen = np.flatnonzero(sums)
             return pa.array(seen + lowest), sums[seen]
         return _sum_by_key(pa.array(values), np.ones(len(values), np.int64) if counts is None else counts)
