@@ -48,6 +48,7 @@ from training.timing import scoring_ms
 
 SCHEMA = ROOT / "configs" / "schema" / "simulated.yaml"
 SUAN = {"kind": "suan", "embedding_dim": 16, "num_layers": 2, "hidden": [200, 80], "candidate_mapping": "slots"}
+SUAN_NARROW = {"kind": "suan", "embedding_dim": 8, "num_layers": 2, "hidden": [64, 32], "candidate_mapping": "slots"}
 LIGHT_SUAN = {
     "kind": "lightsuan",
     "embedding_dim": 8,
@@ -81,6 +82,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "twin": {"kind": "twin", "embedding_dim": 16},
     "dare": {"kind": "dare", "embedding_dim": 16, "attention_dim": 16},
     "suan": SUAN,
+    "suan_narrow": SUAN_NARROW,  # one grade above the LightSUAN below: a layer more
     "lightsuan": LIGHT_SUAN,
     "lightsuan_distilled": LIGHT_SUAN,
 }
