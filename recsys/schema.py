@@ -577,7 +577,7 @@ class Schema(Config):
             if expected.column not in columns:
                 yield (
                     f"quality.expectations.{place}: column {expected.column!r} of view {expected.view!r} is read by "
-                    f"nothing, {nearest(expected.column, columns)}"
+                    f"nothing, {nearest(expected.column, columns) if columns else 'as the whole view is'}"
                 )
         names = [feature.name for feature in self.features] + [task.name for task in self.tasks]
         for name in self.quality.drift.ignore:
@@ -591,7 +591,8 @@ class Schema(Config):
         read = {"impressions": {impressions.user, impressions.item, impressions.time, *(t.label for t in self.tasks)}}
         if impressions.request is not None:
             read["impressions"].add(impressions.request)
-        if views.events is not None:
+        is_counted = any(not isinstance(d, Ratio | AsOf) and d.source == "events" for d in self.derived)
+        if views.events is not None and (self.histories or is_counted):  # else the view is not opened
             read["events"] = {views.events.user, views.events.item, views.events.time}
             read["events"] |= set() if views.events.type is None else {views.events.type}
         for name, entity in (("users", views.users), ("items", views.items)):

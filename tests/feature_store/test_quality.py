@@ -153,6 +153,12 @@ def test_expectations_that_make_no_sense(rule: dict[str, Any], message: str) -> 
         make_schema(ignore=["agee"])
 
 
+def test_an_expectation_of_events_that_nothing_reads_is_refused() -> None:
+    quality = {"expectations": [{"view": "events", "column": "time", "max_null_rate": 0.1}]}
+    with pytest.raises(ConfigError, match="column 'time' of view 'events' is read by nothing, as the whole view is"):
+        validate(Schema, schema_mapping(histories=[], quality=quality), source="test")
+
+
 class Page(HTMLParser):
     def __init__(self) -> None:
         super().__init__()
