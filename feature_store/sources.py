@@ -40,12 +40,10 @@ from recsys.schema import (
     Scope,
     TimeUnit,
 )
+from recsys.times import MAX_TIME
 
 Kind = Literal["integer", "number", "boolean", "text", "timestamp", "local", "date", "list", "null", "other"]
 Role = Literal["key", "time", "type", "label", "value", "number", "instant", "bag", "vector"]
-
-MAX_TIME = 7_258_118_400_000_000
-"""2200-01-01 in UTC microseconds; times must lie before it."""
 
 _UNITS_IN_SECOND: dict[str, int] = {"s": 1, "ms": 1_000, "us": 1_000_000, "ns": 1_000_000_000}
 INTEGER_TEXT = r"^(0|-?[1-9][0-9]{0,18})$"

@@ -29,6 +29,7 @@ import polars as pl
 
 from recsys.errors import SourceError
 from recsys.schema import TimeUnit
+from recsys.times import EARLIEST
 
 YEAR = 31_557_600_000_000
 """365.25 days in microseconds."""
@@ -45,10 +46,7 @@ _MIXED = 0.001
 _MERGED_AT = 1024  # rows of counts that are not yet merged: once a block would cost more than counting it
 _FACTORS = (1_000, 1_000_000, 1_000_000_000)
 _UNITS: tuple[TimeUnit, ...] = ("ns", "us", "ms", "s")
-_BEGIN, _END = (int(datetime(year, 1, 1, tzinfo=UTC).timestamp()) * 1_000_000 for year in (_FIRST_YEAR, _LAST_YEAR))
-
-EARLIEST = _BEGIN
-"""Times before this one, UTC microseconds, are taken for another unit's where nothing speaks for them."""
+_BEGIN, _END = EARLIEST, int(datetime(_LAST_YEAR, 1, 1, tzinfo=UTC).timestamp()) * 1_000_000
 
 
 @dataclass(frozen=True)

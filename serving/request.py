@@ -38,13 +38,10 @@ import orjson
 
 from recsys.errors import RequestError, nearest
 from recsys.schema import Categorical, DayOfWeek, Dense, Feature, HourOfDay, Schema
+from recsys.times import EARLIEST, MAX_TIME
 
-MAX_TIME = 7_258_118_400_000_000
-"""2200-01-01 in UTC microseconds; times must lie before it, as in training."""
 _AFTER_TRAINING = 10 * 366 * 86_400_000_000
 """Microseconds after the training period in which requests are expected: ten years."""
-_EARLIEST_PERIOD = 631_152_000_000_000
-"""1990 in UTC microseconds. A period that begins before has times of another origin, which tell nothing of the unit."""
 _UNITS = (("seconds", 1_000_000, 1), ("milliseconds", 1_000, 1), ("nanoseconds", 1, 1_000))
 _SHOWN = 20
 _INT64 = 2**63
@@ -116,7 +113,8 @@ class RequestParser:
     ) -> None:
         views = schema.views
         self._expected: tuple[int, int] | None = None
-        if training_period is not None and training_period[0] >= _EARLIEST_PERIOD:
+        # A period that begins before has times of another origin, which tell nothing of the unit.
+        if training_period is not None and training_period[0] >= EARLIEST:
             self._expected = training_period[0], training_period[1] + _AFTER_TRAINING
         self.max_candidates = max_candidates
         self.max_events = max_events

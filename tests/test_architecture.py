@@ -37,7 +37,7 @@ def rule(first: str = "", third: str = "", *, own: bool = True) -> Rule:
 CONFIG = "recsys.errors recsys.config"
 SCHEMA = f"{CONFIG} recsys.derived recsys.schema"
 ENCODING = f"{SCHEMA} recsys.encoding recsys.files"
-STORED = f"{ENCODING} recsys.training_set recsys.windows"
+STORED = f"{ENCODING} recsys.times recsys.training_set recsys.windows"
 BATCHES = f"{STORED} recsys.batch recsys.embedded"
 SCORED = f"{BATCHES} recsys.artifact recsys.manifest recsys.predictor recsys.ops feature_store.online"
 ARRAYS = "numpy pyarrow"
@@ -51,6 +51,7 @@ RULES = {
     "recsys.files": rule("recsys.errors"),
     "recsys.derived": rule(CONFIG, "pydantic"),
     "recsys.schema": rule(f"{CONFIG} recsys.derived", "pydantic yaml"),
+    "recsys.times": rule(),
     # Numbers only: training and serving compute derived values through it.
     "recsys.windows": rule("recsys.derived", "numpy"),
     "recsys.encoding": rule(f"{SCHEMA} recsys.files", f"{ARRAYS} pydantic"),

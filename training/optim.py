@@ -290,9 +290,9 @@ class _SingleIdBag(nn.EmbeddingBag):
         return functional.embedding(input, self.weight, sparse=self.sparse)
 
     @classmethod
-    def of(cls, bag: nn.EmbeddingBag, *, sparse: bool) -> _SingleIdBag:
-        """The same table with the same parameter, its gradient sparse or not."""
-        single = cls(bag.num_embeddings, bag.embedding_dim, mode=bag.mode, sparse=sparse, _weight=bag.weight.data)
+    def of(cls, bag: nn.EmbeddingBag) -> _SingleIdBag:
+        """The same table with the same parameter."""
+        single = cls(bag.num_embeddings, bag.embedding_dim, mode=bag.mode, sparse=bag.sparse, _weight=bag.weight.data)
         single.weight = bag.weight
         return single
 
@@ -306,13 +306,12 @@ def optimize_tables(
         tables: by name, from :func:`table_parameters`; on their device.
         model: theirs; its look-ups give sparse gradients for ``lazy_adam``, dense ones else.
     """
-    sparse = isinstance(config, LazyAdamConfig)
     for module in model.modules():
         if isinstance(module, EmbeddingBagCollection):
             for name, bag in module.embedding_bags.items():
-                bag.sparse = sparse
+                bag.sparse = isinstance(config, LazyAdamConfig)
                 if bag.mode == "sum":  # sets are averaged
-                    module.embedding_bags[name] = _SingleIdBag.of(bag, sparse=sparse)
+                    module.embedding_bags[name] = _SingleIdBag.of(bag)
     if isinstance(config, LazyAdamConfig):
         return KeyedOptimizerWrapper(
             dict(tables), lambda values: LazyAdam(values, lr=config.lr, betas=config.betas, eps=config.eps)

@@ -16,14 +16,10 @@ from recsys.derived import Windowed
 from recsys.encoding.encoder import EncodedColumn, Encoder
 from recsys.errors import DataError, EncodingError, nearest
 from recsys.schema import Categorical, DayOfWeek, HourOfDay, Schema
+from recsys.times import EARLIEST, MAX_TIME
 
 if TYPE_CHECKING:
     from feature_store.online.store import OnlineStore
-
-MAX_TIME = 7_258_118_400_000_000
-"""2200-01-01 in UTC microseconds; times lie before it, as in training."""
-_EARLIEST = 631_152_000_000_000
-"""1990-01-01: what is known since before it, but happened after it, is in another unit."""
 
 
 @dataclass(frozen=True)
@@ -174,7 +170,7 @@ def row_of(store: OnlineStore, family: Family, event: Event) -> Rows | None:
             raise DataError(
                 f"{family.created!r} must be given in UTC microseconds: derived values count an event from then on"
             )
-        if not 0 <= known < MAX_TIME or known < _EARLIEST <= event.time:
+        if not 0 <= known < MAX_TIME or known < EARLIEST <= event.time:
             raise DataError(
                 f"{family.created!r} must be in UTC microseconds between 1970 and 2200, got another unit, or none",
                 hint="seconds times 1,000,000 are microseconds",

@@ -157,8 +157,8 @@ def encoder_at(model: Path) -> Encoder:
 
 
 def _end(until: str) -> int:
-    from feature_store.online.pushing import MAX_TIME
     from recsys.errors import ConfigError
+    from recsys.times import MAX_TIME
 
     end = microseconds(until)
     if not 0 <= end < MAX_TIME:
@@ -170,8 +170,9 @@ def _end(until: str) -> int:
 
 def _check_end(end: int | None, source: Any) -> None:
     """Refuses an end in seconds or milliseconds: nothing would have happened yet."""
-    from feature_store.time_spans import EARLIEST, iso
+    from feature_store.time_spans import iso
     from recsys.errors import ConfigError
+    from recsys.times import EARLIEST
     from recsys.training_set import TIME
 
     last = max((int(log.array(TIME).max(initial=-1)) for log in source.events.values()), default=-1)

@@ -147,8 +147,9 @@ def _event(line: str, online: Any, *, any_time: bool) -> Any:
     import time
 
     from feature_store.online.pushing import Event
-    from feature_store.time_spans import EARLIEST, iso
+    from feature_store.time_spans import iso
     from recsys.errors import ConfigError, DataError
+    from recsys.times import EARLIEST
 
     given = _object(line)
     view = online.schema.views.events
