@@ -104,21 +104,27 @@ class Trial:
 
 def trials_of(axes: Sequence[Axis], seeds: Sequence[int], out: Path, *, grid: bool) -> list[Trial]:
     """Every trial of a study, the experiment as given among them unless all is a grid."""
+    ends = [axis.key.rpartition(".")[2] for axis in axes]
+    names = {a.key: end if ends.count(end) == 1 else a.key for a, end in zip(axes, ends, strict=True)}
     if grid:
         keys = [axis.key for axis in axes]
         sizes = [dict(zip(keys, values, strict=True)) for values in itertools.product(*(a.values for a in axes))]
     else:
         sizes = [{}, *({axis.key: value} for axis in axes for value in axis.values)]
     return [
-        Trial(size, seed, str(out / "runs" / "-".join([*(_file_name(k, v) for k, v in size.items()), f"seed{seed}"])))
+        Trial(
+            size,
+            seed,
+            str(out / "runs" / "-".join([*(_file_name(names[k], v) for k, v in size.items()), f"seed{seed}"])),
+        )
         for size in sizes
         for seed in seeds
     ]
 
 
-def _file_name(key: str, value: str) -> str:
+def _file_name(name: str, value: str) -> str:
     kept = "".join(c if c.isalnum() or c in "._" else "_" for c in value)
-    return f"{key.rpartition('.')[2]}={kept}"
+    return f"{name}={kept}"
 
 
 @dataclass(frozen=True)
@@ -391,9 +397,11 @@ def run_study(
     out = Path(out)
     experiment, schema = load_experiment(config, overrides)
     first = experiment.training.seed
-    trials = trials_of(axes, range(first, first + seeds), out, grid=grid)
-    for trial in trials:  # a value that does not fit is told before hours of training
-        load_experiment(config, [*overrides, *trial.overrides])
+    trials = {}
+    for trial in trials_of(axes, range(first, first + seeds), out, grid=grid):
+        # A value that does not fit is told before hours of training; one that is the experiment's own is trained once.
+        sized, _ = load_experiment(config, [*overrides, *trial.overrides])
+        trials.setdefault(sized.model_dump_json(), trial)
     for axis in axes:
         if axis.key == LENGTH and not schema.histories:
             raise ConfigError(f"{config}: {LENGTH} must not be an axis of a schema without histories")
@@ -401,10 +409,12 @@ def run_study(
     if workers > 1:
         from training.tune import run_trials
 
-        results = run_trials(config, overrides, trials, workers=workers, folder=out / "tune", advance=advance)
+        results = run_trials(
+            config, overrides, list(trials.values()), workers=workers, folder=out / "tune", advance=advance
+        )
     else:
         results = []
-        for number, trial in enumerate(trials):
+        for number, trial in enumerate(trials.values()):
             advance(number, len(trials))
             results.append(run_trial(config, overrides, trial))
         advance(len(trials), len(trials))
