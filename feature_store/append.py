@@ -7,7 +7,9 @@ version; the version that was there before is kept beside the set, in ``DIR.vers
 The rules:
 
 * **Impressions** must not be earlier than the newest that was built: earlier ones are set aside as broken rows.
-* **Late events** count from now on. Rows that were built keep the history that was known when they were built.
+* **Late events** count from now on. Rows that were built keep the history that was known when they were built. New
+  events of the same user and time as stored ones stand among them as their values say
+  (:mod:`feature_store.tied_events`).
 * **Users and items** that are new come after the known ones, whose rows never change place. A known one that is named
   again by a new file of its view is a repeated key, as in a build.
 * **Vocabularies** grow behind their last id, by the values of new rows of the training period that occur there
@@ -20,7 +22,7 @@ The rules:
   and no file does.
 
 A history stays one slice of one log: users who were active get a new block at the end of the log, with the newest
-``max_length`` of their events from before and the new ones in order of time. A batch reads the same events as after a
+``max_length`` of their events from before and the new ones in their order. A batch reads the same events as after a
 build of everything; the slice itself may be shorter, for it does not reach back to events that no batch reads.
 """
 
@@ -50,15 +52,18 @@ from feature_store.point_in_time import first_not_before
 from feature_store.replay import replayed
 from feature_store.split import microseconds
 from feature_store.tables import encoded, write_impressions
+from feature_store.tied_events import TieRule
 from feature_store.views import Views, windowed
 from feature_store.workspace import exclusive, replacing, versions_folder, versions_of
 from recsys.encoding import EncodedColumn, Encoder, Ragged
+from recsys.encoding.columns import offsets_of
 from recsys.errors import SourceError
 from recsys.files import check_can_write, write_json
 from recsys.schema import Schema
 from recsys.training_set import (
     ITEM_ROW,
     ROW_START,
+    SEQUENCE,
     SPLITS,
     TIME,
     USER_ROW,
@@ -305,11 +310,17 @@ class _Append:
             ITEM_ROW: np.concatenate([old.array(ITEM_ROW)[kept], fresh.item_row[chosen]])[order],
             TIME: time[order],
         }
+        sequence = joined.event_sequence(name)
+        if sequence is not None:
+            columns[SEQUENCE] = np.concatenate([old.array(SEQUENCE)[kept], sequence[chosen]])[order]
         for feature in history.event_features:
             new = _taken(encoded(encoder, feature, joined.event_column(feature, name)), chosen)
             columns[feature.name] = _taken(joined_column([_taken(old.columns[feature.name], kept), new]), order)
-        write_table(self.folder / "events" / f"{name}.{number}.arrow", columns)
         sizes = num_kept + num_fresh
+        # New items lie behind those known: rows are not in the order of keys.
+        rule = TieRule(encoder, history, item_keys=joined.items.table_keys)
+        columns = rule.settle(columns, offsets_of(sizes))
+        write_table(self.folder / "events" / f"{name}.{number}.arrow", columns)
         first, last = first.copy(), last.copy()
         first[users] = old.num_rows + np.cumsum(sizes) - sizes
         last[users] = first[users] + sizes

@@ -7,7 +7,8 @@ The steps, in order:
 3. group impressions into requests, sort them by time, cut them into splits;
 4. sort each history's events by user and time; find each request's slice;
 5. fit the encoder on what the training period holds;
-6. encode column by column, write the tables, the manifest last; put the folder in its place.
+6. encode column by column, put events of one user and one time in order (:mod:`feature_store.tied_events`), write the
+   tables, the manifest last; put the folder in its place.
 
 A request whose impressions differ in their user or in a context feature contradicts itself: all of its rows are set
 aside. A context feature that reads the time column reads the request's time.
@@ -47,7 +48,7 @@ from recsys.training_set import FORMAT, FORMAT_VERSION, TrainingSet
 
 __all__ = ["BuildSummary", "DataConfig", "SplitConfig", "build_training_set"]
 
-BUILD_VERSION = 4
+BUILD_VERSION = 5
 """Raised when the same inputs give another training set, so that finished ones are built again."""
 
 

@@ -18,7 +18,7 @@ _BLOCK = 1 << 16
 
 @dataclass(frozen=True)
 class EventLog:
-    """Events sorted by user, then time; equal times stay in the order of the view.
+    """Events sorted by user, then time; what orders equal times, :mod:`feature_store.tied_events` says.
 
     Attributes:
         source_row: ``(E,)`` int64, row of each event in the events view.

@@ -97,7 +97,7 @@ class Joined:
         source_row: ``(N,)`` int64, row of the view of each impression, in order.
         item_row: ``(N,)`` int64, its row of the items table.
         user_row: ``(R,)`` int64, row of the users table of each request.
-        logs: the event log of each history.
+        logs: the event log of each history; events of one user and one time are put in order when it is written.
         num_unused_events: events that are in no history.
         time_spans: first and last time of the impressions and of each event type, as ISO 8601 text.
         happened: ``(E,)`` int64, valid rows of the events view; None if it is not read, or nothing is derived.
@@ -250,6 +250,15 @@ class Joined:
             times: pa.Array[Any] = pa.array(log.time)
             return times
         return to_arrow(self.views.values_in(feature, log.source_row))
+
+    def event_sequence(self, history: str) -> np.ndarray | None:
+        """What orders events of equal times, one an event of the history's log; None if no column is declared."""
+        log, events = self.logs[history], self.schema.views.events
+        if events is None or events.sequence is None:
+            return None
+        if "events" not in self.views.sources:  # an append without new events
+            return np.empty(0, dtype=np.int64)
+        return self.views.sequence(log.source_row)
 
     def rows_of(self, requests: slice) -> slice:
         """The impressions of consecutive requests."""

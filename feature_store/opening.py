@@ -22,6 +22,7 @@ from recsys.schema import FormatSpec
 _ACCEPTED: dict[Role, tuple[Kind, ...]] = {
     "key": ("integer", "text"),
     "time": ("integer", "timestamp", "local"),
+    "sequence": ("integer",),
     "type": ("integer", "text", "boolean"),
     "label": ("integer", "number", "boolean"),
     "value": ("integer", "text", "boolean", "number"),

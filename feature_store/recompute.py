@@ -8,7 +8,7 @@ Of a set that was appended to, each row is compared with what the logs held when
 appended row with the newest events that a batch reads (:mod:`feature_store.append`). Attributes and their versions are
 taken as they are now: where they were changed since for the past, the rows of before differ.
 
-The order of events is checked on every request, not on a sample: none may be at or after its request.
+That no event is at or after its request is checked on every request, not on a sample.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from feature_store.recompute_derived import DerivedTruth
 from feature_store.sources import to_arrow
 from feature_store.views import Views
 from recsys.encoding import EncodedColumn, Ragged
-from recsys.schema import Feature, History
+from recsys.schema import FIRST_ID, Dense, Feature, History
 from recsys.training_set import (
     ITEM_ROW,
     SOURCE_ROW,
@@ -172,6 +172,8 @@ class _Truth:
         self._encoded = {f.name: self._encode(f) for f in self.schema.features}
         self._events = self._find_events()
         self._event_values = self._encode_events()
+        self._places_in_time: dict[str, dict[int, tuple[Any, ...]]] = {h.name: {} for h in self.schema.histories}
+        self._vocabularies = {f.name: self._vocabulary(f) for f in self.schema.features_of("event")}
 
     def _valid_rows(self, view: str) -> np.ndarray:
         """Rows of a view that are not set aside; looked for once, or they would be counted again each time."""
@@ -226,20 +228,21 @@ class _Truth:
         return to_arrow(views.values(feature).gather(self._sources))
 
     def _find_events(self) -> dict[Any, list[dict[str, Any]]]:
-        """The valid events of the sampled users, in the order of the view."""
+        """The valid events of the sampled users."""
         events: dict[Any, list[dict[str, Any]]] = {user: [] for user in self._users}
         if "events" not in self.views.sources:
             return events
         valid = self._valid_rows("events")
         users = self.views.keys("events", "user").gather(valid)
         rows = valid[users.is_in(pl.Series(list(events), dtype=users.dtype).implode()).to_numpy()]
-        types = self.views.event_types()
+        types, sequence = self.views.event_types(), self.views.sequence(rows)
         columns = {
             "row": rows.tolist(),
             "user": self.views.keys("events", "user").gather(rows).to_list(),
             "item": self.views.keys("events", "item").gather(rows).to_list(),
             "time": self.views.time("events")[rows].tolist(),
             "type": [None] * len(rows) if types is None else types.gather(rows).to_list(),
+            "sequence": [0] * len(rows) if sequence is None else sequence.tolist(),
         }
         generations = self._appends.generations("events", rows).tolist()
         for place, values in enumerate(zip(*columns.values(), strict=True)):
@@ -267,7 +270,33 @@ class _Truth:
         of_type = [e for e in self._events[user] if types is None or e["type"] in types]
         known = [e for e in of_type if self._appends.knew_event(generation, e["row"])]
         before = [e for e in known if oldest <= e["time"] < time]
-        return sorted(before, key=lambda e: e["time"])  # stable: equal times in the order of the view
+        places = self._places_in_time[history.name]
+        for event in before:
+            if event["place"] not in places:
+                places[event["place"]] = self._place_in_time(history, event)
+        return sorted(before, key=lambda event: places[event["place"]])
+
+    def _vocabulary(self, feature: Feature) -> list[Any] | None:
+        """The value of each id of a feature; None where the ids are in the order of the values, or by hash."""
+        values = self.training_set.encoder.vocabulary(feature.name)
+        return None if values is None else [None] * FIRST_ID + values.to_pylist()
+
+    def _place_in_time(self, history: History, event: Mapping[str, Any]) -> tuple[Any, ...]:
+        """What orders the events of a history: time, sequence, key of the item, then each event feature as stored."""
+        features: list[tuple[Any, ...]] = []
+        for feature in history.event_features:
+            value = self._encoded_event(feature, event)
+            words = self._vocabularies[feature.name]
+            if isinstance(feature, Dense):
+                features += [(number, math.copysign(1.0, number)) for number in value.tolist()]
+            else:
+                features.append(tuple((i, 0) if words is None or i < FIRST_ID else (FIRST_ID, words[i]) for i in value))
+        return (event["time"], event["sequence"], event["item"], *features)
+
+    def _encoded_event(self, feature: Feature, event: Mapping[str, Any]) -> np.ndarray:
+        """An event's value as it was encoded when it came."""
+        value = _value(self._event_values[feature.name], event["place"])
+        return self._appends.as_encoded(feature, value, event["generation"])
 
     def compare(self, split: Split, rows: np.ndarray) -> Iterator[Difference]:
         """Differences in some impressions of a split."""
@@ -339,8 +368,7 @@ class _Truth:
                 return
             for feature in history.event_features:
                 stored = _value(log.columns[feature.name], start + offset)
-                value = _value(self._event_values[feature.name], event["place"])
-                value = self._appends.as_encoded(feature, value, event["generation"])
+                value = self._encoded_event(feature, event)
                 if not np.array_equal(stored, value, equal_nan=True):
                     yield f"{name}: {feature.name} of event {offset}", _shown(stored), _shown(value)
                     return

@@ -7,6 +7,7 @@ converted by what the schema reads them for, so that every format gives the same
   ``007`` is no integer;
 * **times** are integers in the declared unit, or ISO 8601 text; without a zone or an offset they are in the view's
   time zone, UTC if none is declared;
+* **sequences** are integers;
 * **labels** are numbers, ``true`` or ``false``; **numbers** are numbers;
 * other **values** are integers if every one is written as an integer, else text.
 
@@ -43,7 +44,7 @@ from recsys.schema import (
 from recsys.times import MAX_TIME
 
 Kind = Literal["integer", "number", "boolean", "text", "timestamp", "local", "date", "list", "null", "other"]
-Role = Literal["key", "time", "type", "label", "value", "number", "instant", "bag", "vector"]
+Role = Literal["key", "time", "sequence", "type", "label", "value", "number", "instant", "bag", "vector"]
 
 _UNITS_IN_SECOND: dict[str, int] = {"s": 1, "ms": 1_000, "us": 1_000_000, "ns": 1_000_000_000}
 INTEGER_TEXT = r"^(0|-?[1-9][0-9]{0,18})$"
@@ -258,6 +259,8 @@ class Source:
             return _whole(raw) if kind == "text" else raw.cast(pl.Int64, strict=False)
         if kind == "null":
             return raw.cast(_NULL_AS[role])
+        if role == "sequence":
+            return _whole(raw) if kind == "text" else raw.cast(pl.Int64, strict=False)
         if role == "time":
             return _clipped_microseconds(raw, kind, use)
         if role == "instant":
@@ -302,7 +305,7 @@ class Source:
         elif use.role == "vector" and kind == "list":
             components = pl.element().cast(pl.Float64, strict=False)
             found.append((f"{name} is infinite", raw.list.eval(components.is_infinite()).list.any()))
-        elif use.role in ("key", "value") and kind in ("integer", "text"):
+        elif use.role in ("key", "value", "sequence") and kind in ("integer", "text"):
             found.append((f"{name} is not a signed 64-bit integer", unreadable))
             if use.role == "key" and self.key_types.get(name, kind) == "text":
                 found.append((f"{name} is empty", typed == ""))
@@ -332,6 +335,7 @@ class Source:
 
 _NULL_AS: dict[Role, pl.DataType | type[pl.DataType]] = {
     "time": pl.Int64,
+    "sequence": pl.Int64,
     "type": pl.String,
     "label": pl.Float64,
     "value": pl.Int64,

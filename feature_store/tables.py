@@ -12,12 +12,14 @@ import pyarrow as pa
 
 from feature_store.joined import Joined
 from feature_store.point_in_time import history_slices
+from feature_store.tied_events import TieRule
 from recsys.encoding import EncodedColumn, Encoder, Ragged
 from recsys.files import sha256_of, sync
 from recsys.schema import Dense, Feature
 from recsys.training_set import (
     ITEM_ROW,
     ROW_START,
+    SEQUENCE,
     SOURCE_ROW,
     TIME,
     USER_ROW,
@@ -144,11 +146,16 @@ def _write_items(path: Path, joined: Joined, encoder: Encoder, write: Write) -> 
 
 
 def _write_events(path: Path, joined: Joined, encoder: Encoder, history: str, write: Write) -> None:
-    log = joined.logs[history]
+    """From here on, the events of the log are in the order that is written, tied ones too."""
+    log, spec = joined.logs[history], joined.schema.history(history)
     columns: dict[str, EncodedColumn] = {ITEM_ROW: log.item_row, TIME: log.time}
-    for feature in joined.schema.history(history).event_features:
+    sequence = joined.event_sequence(history)
+    if sequence is not None:
+        columns[SEQUENCE] = sequence
+    for feature in spec.event_features:
         columns[feature.name] = encoded(encoder, feature, joined.event_column(feature, history))
-    write(path, columns)
+    columns = TieRule(encoder, spec).settle({**columns, SOURCE_ROW: log.source_row}, log.user_offsets)
+    write(path, {name: column for name, column in columns.items() if name != SOURCE_ROW})
 
 
 def write_impressions(

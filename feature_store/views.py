@@ -144,6 +144,8 @@ class Views:
             uses["events"] = self._log_uses("events", views.events)
             if views.events.type is not None:
                 uses["events"].append(Use(views.events.type, "type", "views.events.type"))
+            if views.events.sequence is not None:
+                uses["events"].append(Use(views.events.sequence, "sequence", "views.events.sequence"))
         if views.users is not None:
             uses["users"] = [self._key_use(views.users.key, "views.users.key")]
         if views.items is not None:
@@ -361,6 +363,23 @@ class Views:
         if events is None or events.type is None:
             return None
         return self.sources["events"].typed(Use(events.type, "type", "events"))
+
+    def sequence(self, rows: np.ndarray) -> np.ndarray | None:
+        """``(n,)`` int64: what orders some events of equal times, the smallest integer where it is missing.
+
+        Args:
+            rows: ``(n,)`` int64, of the events, in any order.
+
+        Returns:
+            None if no column is declared.
+        """
+        events = self.schema.views.events
+        if events is None or events.sequence is None:
+            return None
+        source = self.sources["events"]
+        numbers = source.typed(Use(events.sequence, "sequence", "events")).fill_null(np.iinfo(np.int64).min)
+        found: np.ndarray = source.read_in(rows, numbers).to_numpy()
+        return found
 
     def labels(self, task: Task, rows: np.ndarray) -> np.ndarray:
         """``(n,)`` float32: the label of some impressions, NaN where it is missing.

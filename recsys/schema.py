@@ -279,7 +279,11 @@ class ImpressionsView(_View):
 
 
 class EventsView(_View):
-    """One row a past interaction."""
+    """One row a past interaction.
+
+    The order of rows means nothing: events of one user and one time are ordered by their ``sequence``, then by what a
+    history holds of them (:mod:`feature_store.tied_events`).
+    """
 
     path: str = "events.parquet"
     user: str
@@ -287,6 +291,9 @@ class EventsView(_View):
     time: str
     time_unit: TimeUnit = "us"
     type: str | None = Field(None, description="column of the event type; needed by histories that filter on it")
+    sequence: str | None = Field(
+        None, min_length=1, description="column of integers that rise from event to event: the order of equal times"
+    )
 
 
 class EntityView(_View):
@@ -594,7 +601,7 @@ class Schema(Config):
         is_counted = any(not isinstance(d, Ratio | AsOf) and d.source == "events" for d in self.derived)
         if views.events is not None and (self.histories or is_counted):  # else the view is not opened
             read["events"] = {views.events.user, views.events.item, views.events.time}
-            read["events"] |= set() if views.events.type is None else {views.events.type}
+            read["events"] |= {column for column in (views.events.type, views.events.sequence) if column is not None}
         for name, entity in (("users", views.users), ("items", views.items)):
             if entity is not None:
                 read[name] = {entity.key}

@@ -66,6 +66,7 @@ ITEM_ROW = "@item_row"
 TIME = "@time"
 ROW_START = "@row_start"
 SOURCE_ROW = "@source_row"
+SEQUENCE = "@sequence"
 
 
 def start_column(history: str) -> str:

@@ -6,8 +6,9 @@ transaction, or one round trip.
 
 Rules:
 
-* a history holds the newest ``keep`` events of a user, oldest first; equal times in the order of the log, then of their
-  arrival. Older ones are evicted;
+* a history holds the newest ``keep`` events of a user, oldest first; equal times in the order of the log, which is one
+  of their values (:mod:`feature_store.tied_events`), and behind them what was pushed, in the order of arrival. Older
+  ones are evicted;
 * a read sees events strictly before its time, the newest ``max_length`` of them, and of those only what is kept:
   ``keep`` is at least ``max_length``, and what it has beyond is for requests that are older than the newest events;
 * a value with a TTL is unknown once it has expired, whether or not it was swept away; every write sets its expiry anew;
@@ -358,8 +359,9 @@ class OnlineStore:
     def push(self, event: Event) -> Pushed:
         """Adds one event to the histories and to the derived values that it belongs to; the next read sees it.
 
-        An event that comes late is put in its place. Each push is one event: two equal ones are both kept, as in the
-        log. Materialising a log that reaches past the event's time replaces it by what the log says.
+        An event that comes late is put in its place; of equal times, behind those that are there. Each push is one
+        event: two equal ones are both kept, as in the log. Materialising a log that reaches past the event's time
+        replaces it by what the log says.
 
         Returns:
             Which these are; none of either if nothing has changed.

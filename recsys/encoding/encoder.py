@@ -198,6 +198,19 @@ class Encoder:
         ids = Ragged(table.encode(bags.elements, where=where), bags.offsets)
         return ids if bags.codes is None else ids.take(bags.codes)
 
+    def vocabulary(self, feature: str) -> Array | None:
+        """The values of a feature's vocabulary, in the order of their ids, the first of which is 2.
+
+        Returns:
+            None for a feature without one: a dense one, or one whose ids come by rule.
+
+        Raises:
+            SchemaError: there is no such feature.
+        """
+        spec = self._features.get(feature) or self.schema.feature(feature)
+        table = None if isinstance(spec, Dense) else self._tables[spec.table_name]
+        return table.index.keys if isinstance(table, VocabularyTable) else None
+
     def _check_type(self, feature: str, column: Column) -> None:
         """Holds a hashed feature to the type that it was fitted on: 7 and "7" have different hashes."""
         expected = self._hash_key_types.get(feature)

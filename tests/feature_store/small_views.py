@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -212,9 +213,10 @@ def same_sets(left: TrainingSet, right: TrainingSet, *, but: tuple[str, ...] = (
         same_columns(left.split(name).impressions, right.split(name).impressions, but=but)
 
 
-def shuffled(frame: pl.DataFrame, by: list[str], rng: np.random.Generator) -> pl.DataFrame:
-    """The rows in random order, save that rows equal in ``by`` keep theirs."""
+def shuffled(frame: pl.DataFrame, rng: np.random.Generator, *, keeping: Sequence[str] = ()) -> pl.DataFrame:
+    """The rows in random order; those that are equal in the columns ``keeping`` keep theirs."""
     numbered = frame.with_row_index("@n")
     mixed = numbered[rng.permutation(len(frame))]
-    ranks = mixed.select(place=pl.col("@n").sort().over(by))["place"]
-    return numbered[ranks.to_numpy()].drop("@n")
+    if keeping:
+        mixed = numbered[mixed.select(place=pl.col("@n").sort().over(keeping))["place"].to_numpy()]
+    return mixed.drop("@n")

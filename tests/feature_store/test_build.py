@@ -13,6 +13,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from feature_store.build import build_training_set
+from feature_store.leaks import check_leaks
+from feature_store.sources import to_arrow
+from recsys.encoding import Ragged
 from recsys.errors import ConfigError, EncodingError, IntegrityError, SourceError
 from recsys.files import sha256_of
 from recsys.training_set import SPLITS, TrainingSet
@@ -45,7 +48,7 @@ def test_agrees_with_a_double_loop(tmp_path: Path, history: str, types: list[str
     events = views["events"].to_dicts()
     rows = views["impressions"].to_dicts()
     assert sorted(found) == list(range(len(rows)))
-    for number, expected in enumerate(expected_impressions(rows, events, types)):
+    for number, expected in enumerate(expected_impressions(rows, events, types, ["item", "dwell"])):
         got = found[number]
         assert (got["user"], got["item"], got["time"]) == (expected.user, expected.item, expected.time)
         assert got["history"] == [(events[e]["item"], events[e]["time"]) for e in expected.history]
@@ -59,20 +62,42 @@ def test_agrees_with_a_double_loop(tmp_path: Path, history: str, types: list[str
 
 
 LOG_ROW = st.fixed_dictionaries({"user": st.integers(0, 3), "item": st.integers(0, 4), "time": st.integers(0, 9)})
+EVENT = st.fixed_dictionaries(
+    {
+        "user": st.integers(0, 2),
+        "item": st.integers(0, 3),
+        "time": st.integers(0, 4),
+        "number": st.sampled_from([None, 1, 2, 3]),
+        "source": st.sampled_from([None, "a", "b", "B"]),
+        "dwell": st.sampled_from([-1.0, 0.0, 0.5]),
+        "words": st.lists(st.sampled_from(["x", "y", "z"]), max_size=2),
+    }
+)
+EVENT_COLUMNS = {
+    "user": pl.Int64,
+    "item": pl.Int64,
+    "time": pl.Int64,
+    "number": pl.Int64,
+    "source": pl.String,
+    "dwell": pl.Float64,
+    "words": pl.List(pl.String),
+}
 
 
 @settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     impressions=st.lists(LOG_ROW, min_size=1, max_size=25),
-    events=st.lists(LOG_ROW, max_size=25),
+    events=st.lists(EVENT, max_size=40),
     is_grouped=st.booleans(),
+    is_numbered=st.booleans(),
     seed=st.integers(0, 2**16),
 )
 def test_ties_duplicates_and_any_row_order(
     tmp_path_factory: pytest.TempPathFactory,
     impressions: list[dict[str, int]],
-    events: list[dict[str, int]],
+    events: list[dict[str, Any]],
     is_grouped: bool,
+    is_numbered: bool,
     seed: int,
 ) -> None:
     folder = tmp_path_factory.mktemp("build")
@@ -80,34 +105,59 @@ def test_ties_duplicates_and_any_row_order(
     rows = [{**r, "click": int(rng.integers(0, 2))} for r in impressions]
     if is_grouped:  # the rows of a request have one user, and times of their own
         rows = [{**r, "request": f"r{r['user']}-{int(rng.integers(0, 3))}"} for r in rows]
-    columns = {"user": pl.Int64, "item": pl.Int64, "time": pl.Int64}
     views = {
         "impressions": pl.DataFrame(rows),
-        "events": pl.DataFrame(events, schema=columns),
+        "events": pl.DataFrame(events, schema=EVENT_COLUMNS),
     }
     log = {"user": "user", "item": "item", "time": "time"}
     mapping = {
         "name": "ties",
-        "views": {"impressions": {**log, **({"request": "request"} if is_grouped else {})}, "events": log},
+        "views": {
+            "impressions": {**log, **({"request": "request"} if is_grouped else {})},
+            "events": {**log, **({"sequence": "number"} if is_numbered else {})},
+        },
         "features": [
             {"name": "user_id", "kind": "categorical", "scope": "user", "column": "user"},
             {"name": "item_id", "kind": "categorical", "scope": "item", "column": "item"},
         ],
-        "histories": [{"name": "past", "attributes": ["item_id"]}],
+        "histories": [
+            {
+                "name": "past",
+                "attributes": ["item_id"],
+                "event_features": [
+                    {"name": "source", "kind": "categorical", "scope": "event"},
+                    {"name": "dwell", "kind": "dense", "scope": "event", "transform": {"kind": "keep"}},
+                    {"name": "words", "kind": "multi_categorical", "scope": "event"},
+                ],
+            }
+        ],
         "tasks": [{"name": "click", "label": "click"}],
     }
     schema = make_schema(**mapping)
     split = {"train_end": 100, "validation_end": 200, "test_end": 300}
     training_set = build(folder, views, schema, split=split)
     found = impressions_of(training_set, "past")
-    for number, expected in enumerate(expected_impressions(rows, events, None)):
+    stored, encoder = training_set.events["past"], training_set.encoder
+    stored_words = stored.columns["words"]
+    sources, words = (encoder.encode(name, to_arrow(views["events"][name])) for name in ("source", "words"))
+    order = [*(["number"] if is_numbered else []), "item", "source", "dwell", "words"]
+    for number, expected in enumerate(expected_impressions(rows, events, None, order)):
         got = found[number]
         assert (got["user"], got["item"], got["time"]) == (expected.user, expected.item, expected.time)
         assert got["history"] == [(events[e]["item"], events[e]["time"]) for e in expected.history]
+        past, mine = np.arange(*got["slice"]), np.array(expected.history, dtype=np.int64)
+        assert stored.array("source")[past].tolist() == np.asarray(sources)[mine].tolist()
+        assert stored.array("dwell")[past].tolist() == [events[e]["dwell"] for e in mine]
+        assert isinstance(words, Ragged)
+        assert isinstance(stored_words, Ragged)
+        for ours, theirs in zip(stored_words.take(past), words.take(mine), strict=True):
+            np.testing.assert_array_equal(ours, theirs)
+    assert check_leaks(config(folder, split=split), schema=schema).differences == ()
 
+    kept = ["request", "item"] if is_grouped else list(log)
     again = {
-        "impressions": shuffled(views["impressions"], ["request", "item"] if is_grouped else list(columns), rng),
-        "events": shuffled(views["events"], ["user", "time"], rng),
+        "impressions": shuffled(views["impressions"], rng, keeping=kept),
+        "events": shuffled(views["events"], rng),
     }
     same_sets(training_set, build(folder / "again", again, schema, split=split), but=("@source_row",))
 
@@ -115,10 +165,8 @@ def test_ties_duplicates_and_any_row_order(
 def test_row_order_changes_nothing_but_source_rows(tmp_path: Path) -> None:
     views, rng = make_views(), np.random.default_rng(1)
     again = {
-        "impressions": shuffled(views["impressions"], ["request", "item"], rng),
-        "events": shuffled(views["events"], ["user", "time"], rng),
-        "users": shuffled(views["users"], ["user"], rng),
-        "items": shuffled(views["items"], ["item"], rng),
+        "impressions": shuffled(views["impressions"], rng, keeping=["request", "item"]),
+        **{name: shuffled(views[name], rng) for name in ("events", "users", "items")},
     }
     first, second = build(tmp_path / "a", views), build(tmp_path / "b", again)
     same_sets(first, second, but=("@source_row",))
@@ -236,9 +284,7 @@ def test_users_have_their_slice_of_every_event_log(tmp_path: Path) -> None:
     assert users.array("@end.clicked")[0] == users.array("@start.clicked")[0]
     for row, key in enumerate(keys[1:], start=1):
         start, end = users.array("@start.clicked")[row], users.array("@end.clicked")[row]
-        mine = (
-            views["events"].filter(pl.col("user") == key, pl.col("type") == "click").sort("time", maintain_order=True)
-        )
+        mine = views["events"].filter(pl.col("user") == key, pl.col("type") == "click").sort("time", "item", "dwell")
         assert [items[i] for i in log.array("@item_row")[start:end]] == mine["item"].to_list()
         assert log.columns["dwell"][start:end].tolist() == mine["dwell"].to_list()  # type: ignore[union-attr]
 

@@ -45,9 +45,9 @@ def test_slices_agree_with_a_double_loop(
     if types is not None:
         log = log.filtered(np.array([events[i][2] in types for i in log.source_row], dtype=bool))
     start, end = history_slices(log, *(np.array([r[i] for r in requests], dtype=np.int64) for i in range(2)))
-    rows = [{"user": u, "time": t, "type": kind} for u, t, kind in events]
+    rows = [{"user": u, "time": t, "type": kind, "row": row} for row, (u, t, kind) in enumerate(events)]
     for (wanted_user, wanted_time), a, b in zip(requests, start, end, strict=True):
-        assert tuple(log.source_row[a:b]) == history_before(rows, wanted_user, wanted_time, types)
+        assert tuple(log.source_row[a:b]) == history_before(rows, wanted_user, wanted_time, types, ["row"])
         assert a == log.user_offsets[wanted_user]
 
 

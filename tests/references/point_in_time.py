@@ -24,16 +24,35 @@ class ExpectedImpression(NamedTuple):
     history: tuple[int, ...]
 
 
-def history_before(events: Sequence[Row], user: Any, time: int, types: Sequence[str] | None) -> tuple[int, ...]:
-    """Numbers of a user's events strictly before a time, oldest first, equal times in the order of the list."""
-    found: list[tuple[int, int]] = []
+def comes_before(event: Row, other: Row, order: Sequence[str]) -> bool:
+    """Whether the values of an event are smaller: those of the first column in which the two differ; missing first."""
+    for column in order:
+        mine, its = event[column], other[column]
+        if mine != its:
+            return mine is None or (its is not None and bool(mine < its))
+    return False
+
+
+def history_before(
+    events: Sequence[Row], user: Any, time: int, types: Sequence[str] | None, order: Sequence[str]
+) -> tuple[int, ...]:
+    """Numbers of a user's events strictly before a time, oldest first, equal times by the values of columns.
+
+    Args:
+        events: of all users.
+        user: key.
+        time: of the request.
+        types: of the events that count; None for all.
+        order: columns, the most significant first.
+    """
+    found: list[int] = []
     for number, event in enumerate(events):
         if event["user"] == user and event["time"] < time and (types is None or event["type"] in types):
             place = len(found)
-            while place > 0 and found[place - 1][0] > event["time"]:
+            while place > 0 and comes_before(event, events[found[place - 1]], ["time", *order]):
                 place -= 1
-            found.insert(place, (event["time"], number))
-    return tuple(number for _, number in found)
+            found.insert(place, number)
+    return tuple(found)
 
 
 def request_time(impressions: Sequence[Row], impression: Row) -> int:
@@ -44,12 +63,12 @@ def request_time(impressions: Sequence[Row], impression: Row) -> int:
 
 
 def expected_impressions(
-    impressions: Sequence[Row], events: Sequence[Row], types: Sequence[str] | None
+    impressions: Sequence[Row], events: Sequence[Row], types: Sequence[str] | None, order: Sequence[str] = ("item",)
 ) -> list[ExpectedImpression]:
-    """One entry an impression, in the order of the list."""
+    """One entry an impression, in the order of the list; ``order`` as for :func:`history_before`."""
     expected = []
     for impression in impressions:
         time = request_time(impressions, impression)
-        history = history_before(events, impression["user"], time, types)
+        history = history_before(events, impression["user"], time, types, order)
         expected.append(ExpectedImpression(impression["user"], impression["item"], time, history))
     return expected
