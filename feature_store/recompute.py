@@ -17,6 +17,8 @@ import math
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -172,7 +174,6 @@ class _Truth:
         self._encoded = {f.name: self._encode(f) for f in self.schema.features}
         self._events = self._find_events()
         self._event_values = self._encode_events()
-        self._places_in_time: dict[str, dict[int, tuple[Any, ...]]] = {h.name: {} for h in self.schema.histories}
         self._vocabularies = {f.name: self._vocabulary(f) for f in self.schema.features_of("event")}
 
     def _valid_rows(self, view: str) -> np.ndarray:
@@ -270,19 +271,19 @@ class _Truth:
         of_type = [e for e in self._events[user] if types is None or e["type"] in types]
         known = [e for e in of_type if self._appends.knew_event(generation, e["row"])]
         before = [e for e in known if oldest <= e["time"] < time]
-        places = self._places_in_time[history.name]
-        for event in before:
-            if event["place"] not in places:
-                places[event["place"]] = self._place_in_time(history, event)
-        return sorted(before, key=lambda event: places[event["place"]])
+        ordered: list[dict[str, Any]] = []
+        for _, same in groupby(sorted(before, key=itemgetter("time")), key=itemgetter("time")):
+            tied = list(same)
+            ordered += tied if len(tied) == 1 else sorted(tied, key=lambda e: self._place_among_tied(history, e))
+        return ordered
 
     def _vocabulary(self, feature: Feature) -> list[Any] | None:
         """The value of each id of a feature; None where the ids are in the order of the values, or by hash."""
         values = self.training_set.encoder.vocabulary(feature.name)
         return None if values is None else [None] * FIRST_ID + values.to_pylist()
 
-    def _place_in_time(self, history: History, event: Mapping[str, Any]) -> tuple[Any, ...]:
-        """What orders the events of a history: time, sequence, key of the item, then each event feature as stored."""
+    def _place_among_tied(self, history: History, event: Mapping[str, Any]) -> tuple[Any, ...]:
+        """What orders a history's events of one time: sequence, key of the item, each event feature as stored."""
         features: list[tuple[Any, ...]] = []
         for feature in history.event_features:
             value = self._encoded_event(feature, event)
@@ -291,7 +292,7 @@ class _Truth:
                 features += [(number, math.copysign(1.0, number)) for number in value.tolist()]
             else:
                 features.append(tuple((i, 0) if words is None or i < FIRST_ID else (FIRST_ID, words[i]) for i in value))
-        return (event["time"], event["sequence"], event["item"], *features)
+        return (event["sequence"], event["item"], *features)
 
     def _encoded_event(self, feature: Feature, event: Mapping[str, Any]) -> np.ndarray:
         """An event's value as it was encoded when it came."""

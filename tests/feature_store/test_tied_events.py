@@ -19,6 +19,7 @@ from feature_store.build import build_training_set
 from feature_store.leaks import check_leaks
 from feature_store.online.location import open_backend
 from feature_store.online.materialize import materialize
+from feature_store.online.pushing import Event
 from feature_store.online.store import Limits, OnlineStore
 from feature_store.snapshot import view_snapshot
 from feature_store.tied_events import TieRule
@@ -235,6 +236,12 @@ def test_the_online_store_has_the_order_of_the_training_set(tmp_path: Path) -> N
             materialize(store, source)
             assert assert_online_is_offline(training_set, store, 100, 0, steps=False) > 500
             stored.append(dict(backend.scan(b"h")))
+            # A pushed event stands behind those of the log, whatever its values.
+            before = store.history("clicked", pa.array([3])).times.tolist()
+            store.push(Event(3, 0, before[-1], "click", {"dwell": -7.0}))
+            after = store.history("clicked", pa.array([3]))
+            assert after.times.tolist() == [*before, before[-1]]
+            assert np.ravel(after.columns["dwell"]).tolist().index(-7.0) == len(before)
             backend.close()
     assert len(stored[0]) == 24
     assert stored[0] == stored[1]
