@@ -26,6 +26,7 @@ from recsys.commands import (
     demo,
     evaluate,
     export,
+    fetch,
     inspect,
     materialize,
     push,
@@ -177,6 +178,7 @@ app.command()(export.export)
 app.command()(score.score)
 app.command()(materialize.materialize)
 app.command()(push.push)
+app.command()(fetch.fetch)
 app.command()(serve.serve)
 app.command()(demo.demo)
 app.command()(bench.bench)

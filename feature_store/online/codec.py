@@ -420,10 +420,10 @@ class Codec:
         raise refused(self.name)
 
 
-def refused(name: str) -> ArtifactError:
-    """Values of another encoder."""
+def refused(name: str, more: str = "") -> ArtifactError:
+    """Values of another encoder; ``more`` goes on after the message."""
     return ArtifactError(
-        f"{name} of the online store must be encoded by the model's encoder, got another one's",
+        f"{name} of the online store must be encoded by the model's encoder, got another one's{more}",
         hint="materialize from the training set that the model was trained on, into a store of its own",
     )
 

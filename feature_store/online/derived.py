@@ -27,6 +27,7 @@ Shapes: R requests, N candidates, S rows of all users together.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import blake2b
@@ -309,6 +310,24 @@ def derived_columns(
                 found.columns[name] = encoder.encode(name, pa.array(values, from_pandas=True))
         except _Refused as reason:
             found.refused[name] = str(reason)
+    return found
+
+
+def derived_numbers(
+    layout: Layout, read: DerivedRead, time: np.ndarray, request_of_row: np.ndarray
+) -> dict[str, np.ndarray]:
+    """The numbers that :func:`derived_columns` encodes, by feature: ``(R,)`` or ``(N,)`` float64, NaN where missing.
+
+    Without versions, which the store keeps encoded, and without what it cannot give.
+    """
+    computed = _Computed(layout, read, time, request_of_row)
+    found: dict[str, np.ndarray] = {}
+    for name, feature in layout.features.items():
+        spec = layout.schema.derived_of(feature)
+        if spec is None or isinstance(spec, AsOf):
+            continue
+        with suppress(_Refused):
+            found[name] = computed.of(spec)
     return found
 
 

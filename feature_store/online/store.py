@@ -152,7 +152,9 @@ class OnlineStore:
             (found,) = self.backend.get([META])
         meta = _read_meta(found)
         if meta["encoder_fingerprint"] != self.encoder.fingerprint:
-            raise refused("values")
+            raise refused(
+                "values", f": it is {meta['encoder_fingerprint'][:12]}, the model's {self.encoder.fingerprint[:12]}"
+            )
         if limits is not None and limits != Limits() and limits != Limits(**meta["limits"]):
             raise ConfigError(
                 f"limits must be those that the store was made with, {meta['limits']}, "
@@ -219,6 +221,11 @@ class OnlineStore:
         for place in (USER_VALUES, *self._row_places):
             asked += prefixed(place, user_keys)
         return asked
+
+    def expiries(self, users: Array, items: Array) -> list[int | None]:
+        """When each value of :meth:`request_keys` expires, or did, UTC microseconds; None where there is none."""
+        found = self.backend.get(self.request_keys(users, items))
+        return [None if value is None else expiry_of(value) for value in found]
 
     def derived(self, users: Array, items: Array, time: np.ndarray, request_of_row: np.ndarray) -> DerivedColumns:
         """Derived values of R requests and N candidates; see :meth:`derived_of`."""
@@ -506,7 +513,7 @@ class OnlineStore:
 
     def meta(self) -> dict[str, Any]:
         """What the store says about itself, read anew."""
-        return _read_meta(self.backend.get([META])[0])
+        return stored_meta(self.backend)
 
     def change_meta(self, change: Callable[[dict[str, Any]], object]) -> None:
         """Changes what the store says about itself."""
@@ -530,6 +537,17 @@ def _json_bytes(value: Any) -> bytes:
 
 def _empty() -> ArtifactError:
     return ArtifactError("the online store must hold features, got an empty one", hint="fill it: `recsys materialize`")
+
+
+def stored_meta(backend: KeyValues) -> dict[str, Any]:
+    """What a store says about itself: whose encoder it has, its limits, up to when it is materialised.
+
+    Raises:
+        ArtifactError: it holds nothing.
+        IntegrityError: it is of another format.
+        UnavailableError: it does not answer.
+    """
+    return _read_meta(backend.get([META])[0])
 
 
 def _read_meta(found: bytes | None) -> dict[str, Any]:

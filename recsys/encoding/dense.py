@@ -61,3 +61,15 @@ class DenseTransform:
         result = np.clip(vectors, -bound, bound)
         result[~is_given] = 0.0
         return result.astype(np.float32)
+
+    def decode(self, vectors: npt.NDArray[np.float32]) -> Float64s:
+        """The numbers that vectors (n, dim) came from, to about six digits.
+
+        What was missing gives the mean (0 of ``keep``); what was clipped, or below 0 with ``log1p``, the bound.
+        """
+        numbers = vectors.astype(np.float64)
+        if isinstance(self._spec, Keep):
+            return numbers
+        with np.errstate(over="ignore"):
+            numbers = numbers * self._std + self._mean
+            return np.expm1(numbers) if self._spec.log1p else numbers

@@ -6,6 +6,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -197,6 +198,33 @@ class Encoder:
         self._check_type(feature, bags.elements)
         ids = Ragged(table.encode(bags.elements, where=where), bags.offsets)
         return ids if bags.codes is None else ids.take(bags.codes)
+
+    def decode(self, feature: str, column: EncodedColumn) -> list[Any]:
+        """What encoded values stand for, for people to read.
+
+        Args:
+            feature: name of a feature.
+            column: of n rows, as :meth:`encode` gives it.
+
+        Returns:
+            n values that JSON can say. Of a vocabulary the raw values, of numbers in buckets their interval, of hashed
+            features the bucket; None where unknown, lists of these for bags. Of dense features the number before the
+            transform, to six digits: what was missing reads as the mean.
+
+        Raises:
+            SchemaError: there is no such feature.
+        """
+        spec = self._features.get(feature) or self.schema.feature(feature)
+        if isinstance(spec, Dense):
+            assert isinstance(column, np.ndarray)
+            numbers = self._transforms[feature].decode(column.reshape(len(column), spec.dim))
+            rounded = [[float(f"{x:.6g}") for x in row] for row in numbers.tolist()]
+            return [row[0] for row in rounded] if spec.dim == 1 else rounded
+        table = self._tables[spec.table_name]
+        if not isinstance(column, Ragged):
+            return table.decode(column)
+        words, offsets = table.decode(column.values), column.offsets.tolist()
+        return [words[start:end] for start, end in pairwise(offsets)]
 
     def vocabulary(self, feature: str) -> Array | None:
         """The values of a feature's vocabulary, in the order of their ids, the first of which is 2.

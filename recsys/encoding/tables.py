@@ -34,6 +34,9 @@ class TableEncoder(Protocol):
     def encode(self, column: Column, *, where: str) -> Int64s:
         """Ids (n,) of raw values (n,); ``where`` names the column in errors."""
 
+    def decode(self, ids: Int64s) -> list[Any]:
+        """What each of ``(n,)`` ids stands for, as JSON can say it: a value, or words; None if it is unknown."""
+
 
 class VocabularyTable:
     """Ids by place in a fitted list: the value at place ``i`` has id ``2 + i``.
@@ -62,6 +65,10 @@ class VocabularyTable:
         ids = self.index.positions(column, where=where)
         ids += FIRST_ID  # absent is -1, and so becomes 1, unknown
         return ids
+
+    def decode(self, ids: Int64s) -> list[Any]:
+        """The values."""
+        return [None if i < FIRST_ID else self.index.keys[i - FIRST_ID].as_py() for i in ids.tolist()]
 
 
 class HashTable:
@@ -102,6 +109,10 @@ class HashTable:
             ids[~valid] = UNKNOWN_ID
         return ids if keys.codes is None else np.append(ids, UNKNOWN_ID)[keys.codes]
 
+    def decode(self, ids: Int64s) -> list[Any]:
+        """The buckets: which values are in one, nobody has kept."""
+        return [None if i < FIRST_ID else f"bucket {i - FIRST_ID}" for i in ids.tolist()]
+
     def _ids(self, hashed: UInt64s) -> Int64s:
         hashed %= self._num_buckets
         ids = hashed.view(np.int64)
@@ -136,6 +147,11 @@ class QuantileTable:
         numbers = as_numbers(column, where=where)
         return _bucket_ids(self._boundaries, numbers, numbers, side="left")
 
+    def decode(self, ids: Int64s) -> list[Any]:
+        """Intervals, such as ``(0.5, 2]``."""
+        edges = [-np.inf, *self._boundaries.tolist(), np.inf]
+        return [None if i < FIRST_ID else f"({edges[i - 2]:g}, {edges[i - 1]:g}]" for i in ids.tolist()]
+
 
 class LogTable:
     r"""Ids by order of magnitude: :math:`2 + \min(\lfloor \log_{base}(1 + \max(x, 0)) \rfloor,\ num\_buckets - 1)`.
@@ -167,6 +183,11 @@ class LogTable:
         """Ids of numbers; null and NaN are unknown."""
         numbers = as_numbers(column, where=where)
         return _bucket_ids(self._powers, 1.0 + np.maximum(numbers, 0.0), numbers, side="right")
+
+    def decode(self, ids: Int64s) -> list[Any]:
+        """Intervals, such as ``[3, 7)``; the first also holds what is below 0."""
+        edges = [0.0, *(self._powers - 1.0).tolist(), np.inf]
+        return [None if i < FIRST_ID else f"[{edges[i - 2]:g}, {edges[i - 1]:g})" for i in ids.tolist()]
 
 
 class CalendarTable:
@@ -219,6 +240,10 @@ class CalendarTable:
         if times.valid is not None:
             ids[~times.valid] = UNKNOWN_ID
         return ids
+
+    def decode(self, ids: Int64s) -> list[Any]:
+        """The hours, from 0, or the days of the week, of which 0 is Monday."""
+        return [None if i < FIRST_ID else i - FIRST_ID for i in ids.tolist()]
 
 
 def _bucket_ids(boundaries: Float64s, placed: Float64s, numbers: Float64s, *, side: Any) -> Int64s:

@@ -22,7 +22,7 @@ from recsys.errors import DataError
 
 COMMANDS = (
     *("simulate", "data", "build", "train", "sweep", "scale", "evaluate", "export", "score"),
-    *("materialize", "push", "serve", "demo", "bench"),
+    *("materialize", "push", "fetch", "serve", "demo", "bench"),
 )
 HEAVY = {"torch", "torchrec", "polars", "mlflow", "ray", "numpy", "pyarrow", "pandas", "pydantic", "yaml", "uvicorn"}
 

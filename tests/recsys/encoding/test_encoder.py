@@ -181,6 +181,19 @@ def test_values_by_hand() -> None:
     assert lists(encoder.encode("tags", pa.array(["y||x|y", "|", "w|z"]))) == [[3, 2, 3], [], [1, 4]]
 
 
+def test_what_is_decoded_is_what_was_encoded() -> None:
+    raw = columns(200)
+    for name in ("item_id", "category", "kind"):
+        assert ENCODER.decode(name, ENCODER.encode(name, raw[name])) == raw[name].to_pylist(), name
+    bags = ENCODER.decode("bought_with", ENCODER.encode("bought_with", raw["bought_with"]))
+    assert bags == [values or [] for values in raw["bought_with"].to_pylist()]
+    assert ENCODER.decode("category", ENCODER.encode("category", pa.array(["never seen", None]))) == [None, None]
+    ages = ENCODER.decode("age", ENCODER.encode("age", raw["age"]))
+    known = [(a, b) for a, b in zip(ages, raw["age"].to_pylist(), strict=True) if b is not None]
+    np.testing.assert_allclose(*zip(*known, strict=True), rtol=1e-4, atol=1e-5)
+    assert ENCODER.decode("image", np.array([[1.0, -2.5, 0.1]], np.float32)) == [[1.0, -2.5, 0.1]]
+
+
 def test_a_hashed_feature_is_held_to_the_type_it_was_fitted_on() -> None:
     with pytest.raises(EncodingError, match=r"feature 'brand' must hold text, as when it was fitted[\s\S]*Hint: cast"):
         ENCODER.encode("brand", pa.array([1]))

@@ -102,3 +102,36 @@ def test_errors_name_the_feature() -> None:
     for table in (QuantileTable(np.array([1.0])), LogTable(LogBuckets()), CalendarTable.hour_of_day(0)):
         with pytest.raises(EncodingError, match="feature 'x' must hold"):
             table.encode(pa.array(["a"]), where="feature 'x'")
+
+
+@given(st.lists(st.floats(-1e6, 1e6), unique=True, min_size=1, max_size=8), st.lists(st.floats(-2e6, 2e6), min_size=1))
+def test_a_decoded_interval_holds_the_number(boundaries: list[float], values: list[float]) -> None:
+    boundaries = sorted(round(b, 3) for b in boundaries)
+    boundaries = sorted(set(boundaries))
+    tables = (QuantileTable(np.array(boundaries)), LogTable(LogBuckets(base=2.0, num_buckets=8)))
+    for table in tables:
+        words = table.decode(table.encode(pa.array(values), where="x"))
+        for value, interval in zip(values, words, strict=True):
+            low, high = (float(end) for end in interval[1:-1].split(", "))
+            # Ends are shown to six digits.
+            near = 1e-5 * abs(value) + 1e-3
+            assert low - near <= max(value, 0.0 if isinstance(table, LogTable) else -np.inf) <= high + near
+
+
+def test_decoded_ids_by_hand() -> None:
+    asked = pa.array([None, 0.0, 1.0, 2.0, 2.5, 1e9])
+    quantiles, logs = QuantileTable(np.array([0.5, 2.0])), LogTable(LogBuckets(base=2.0, num_buckets=3))
+    assert quantiles.decode(quantiles.encode(asked, where="x")) == [
+        None, "(-inf, 0.5]", "(0.5, 2]", "(0.5, 2]", "(2, inf]", "(2, inf]"
+    ]  # fmt: skip
+    assert logs.decode(logs.encode(asked, where="x")) == [None, "[0, 1)", "[1, 3)", "[1, 3)", "[1, 3)", "[3, inf)"]
+    # 1970-01-01T05:00 was a Thursday, and three days later a Sunday.
+    times = pa.array([None, 5 * 3_600_000_000, 77 * 3_600_000_000])
+    for table, want in (
+        (CalendarTable.hour_of_day(0), [None, 5, 5]),
+        (CalendarTable.day_of_week(0), [None, 3, 6]),
+    ):
+        assert table.decode(table.encode(times, where="x")) == want
+    # splitmix64(0), as above
+    hashed = HashTable(1000, 0)
+    assert hashed.decode(hashed.encode(pa.array([0, None]), where="x")) == [f"bucket {0xE220A8397B1DCDAF % 1000}", None]
