@@ -26,6 +26,7 @@ import pyarrow.parquet as pq
 from polars.exceptions import PolarsError
 
 from recsys.errors import SourceError
+from recsys.files import damage_of
 from recsys.schema import ArrowFormat, CsvFormat, FormatSpec, JsonLinesFormat, LibfmFormat, ParquetFormat
 
 SUFFIXES: dict[str, tuple[str, ...]] = {
@@ -128,7 +129,22 @@ def open_file(file: DataFile, spec: FormatSpec, target: Path, wanted: Container[
         _check_once(file, names)
         return Opened(_csv(file, spec, target, names, wanted), tuple(names), "text")
     except READ_ERRORS as err:
-        raise SourceError(f"{file.name} cannot be read as {WORDS[spec.kind]}: {reason_of(err)}") from err
+        raise unreadable(file, err, spec.kind) from err
+
+
+def unreadable(file: DataFile, err: BaseException, kind: str | None = None) -> SourceError:
+    """The error of a file that cannot be read: whether it is cut short, damaged or of another format, and what to do.
+
+    Args:
+        file: which one.
+        err: what its reader raised.
+        kind: its format; by its name if not given.
+    """
+    if kind is None:
+        spec = format_of(file.name)
+        kind = "parquet" if spec is None else spec.kind
+    words, hint = damage_of(file.path, kind, reason_of(err))
+    return SourceError(f"{file.name} cannot be read as {WORDS[kind]}: {words}", hint=hint)
 
 
 def _opened(scan: pl.LazyFrame, typing: Typing) -> Opened:
@@ -308,7 +324,14 @@ def _explain(file: DataFile, names: Sequence[str], err: Exception) -> None:
         ) from err
     if "straddl" in text or "out of sync" in text:
         raise SourceError(f"{file.name}: a quote must be closed within {_BLOCK_BYTES >> 20} MiB, but is not") from err
-    raise SourceError(f"{file.name} cannot be read as CSV: {reason_of(err)}") from err
+    if "Row #" in text and "Expected" in text:  # a row whose bytes are no text; what follows quotes it
+        row, _, rest = text.partition("Row #")[2].partition(":")
+        got = rest.partition("got ")[2].split(":")[0]
+        raise SourceError(
+            f"{file.name}: row {row} must have {len(names)} fields of text, got {got} and other bytes",
+            hint="the file may be damaged: write or copy it again (row 1 is the first line)",
+        ) from err
+    raise unreadable(file, err, "csv") from err
 
 
 def _ends_with_quote(file: DataFile) -> bool:
@@ -430,5 +453,10 @@ def _json_lines(file: DataFile, target: Path) -> pl.LazyFrame:
             ) from err
         if "specified twice" in text and column:
             raise SourceError(f"{place}: column {column!r} must exist once in a line, got it twice") from err
-        raise SourceError(f"{place} must hold one JSON object a line: {reason_of(err)}") from err
+        if "compressed" in text or "zlib" in text:
+            raise
+        raise SourceError(
+            f"{place} must hold one JSON object a line: {reason_of(err)}",
+            hint="if it is the last row, the file is cut short: write or copy it again",
+        ) from err
     return _staged(table.schema, table.to_batches(max_chunksize=1 << 18), target)

@@ -14,7 +14,7 @@ from pathlib import Path
 import polars as pl
 
 from feature_store.files import Located, locate, partition_values
-from feature_store.formats import READ_ERRORS, DataFile, Opened, format_of, open_file, reason_of
+from feature_store.formats import READ_ERRORS, DataFile, Opened, format_of, open_file, reason_of, unreadable
 from feature_store.sources import INTEGER_TEXT, Kind, Role, Source, Use, inner_of, kind_of, words_of
 from recsys.errors import SourceError, nearest
 from recsys.schema import FormatSpec
@@ -84,6 +84,8 @@ def open_source(
     try:
         counted = pl.concat([s.select(pl.len()) for s in scans]).collect().to_series().to_list()
     except READ_ERRORS as err:
+        if len(files) == 1:
+            raise unreadable(files[0], err) from err
         raise SourceError(f"{files[0].name}: {view} cannot be read: {reason_of(err)}") from err
     notes = [f"{f.name} holds no rows" for f, n in zip(files, counted, strict=True) if n == 0]
     return Source(view, files, tuple(counted), tuple(scans), kinds, is_text, {}, tuple(notes))
@@ -137,7 +139,7 @@ def _schema_of(file: DataFile, scan: pl.LazyFrame) -> dict[str, pl.DataType]:
     try:
         return dict(scan.collect_schema())
     except READ_ERRORS as err:
-        raise SourceError(f"{file.name} cannot be read: {reason_of(err)}") from err
+        raise unreadable(file, err) from err
 
 
 def _check(

@@ -17,7 +17,7 @@ from typing import Any
 import polars as pl
 
 from feature_store.files import is_address, locate, partition_values
-from feature_store.formats import READ_ERRORS, format_of, open_file, reason_of
+from feature_store.formats import READ_ERRORS, DataFile, format_of, open_file, reason_of, unreadable
 from feature_store.sources import kind_of
 from recsys.errors import SourceError
 from recsys.schema import CsvFormat, FormatSpec, TimeUnit
@@ -123,6 +123,7 @@ def opened_view(
     with tempfile.TemporaryDirectory(prefix="recsys-inspect-") as scratch:
         declared = declared or _sniffed(root, pattern)
         located = locate(None, root, pattern, declared, cache=Path(scratch) / "fetched")
+        files: list[DataFile] = []
         scans: list[pl.LazyFrame] = []
         names: tuple[str, ...] = ()
         is_text = False
@@ -137,9 +138,18 @@ def opened_view(
             if set(opened.names) != set(names):
                 odd = min(set(opened.names) ^ set(names))
                 raise SourceError(f"{file.name}: column {odd!r} must be in all files or in none")
+            files.append(file)
             scans.append(scan.select(*names, *partitions))
             is_text = opened.typing == "text"
-        yield pl.concat(scans, how="vertical_relaxed"), is_text, len(located), declared
+        try:
+            yield pl.concat(scans, how="vertical_relaxed"), is_text, len(located), declared
+        except READ_ERRORS as err:
+            for file, scan in zip(files, scans, strict=True):
+                try:
+                    scan.collect()
+                except READ_ERRORS as own:
+                    raise unreadable(file, own, None if declared is None else declared.kind) from err
+            raise SourceError(f"{pattern} cannot be read: {reason_of(err)}") from err
 
 
 class _Everything:
@@ -196,12 +206,9 @@ def profile_view(root: str | Path, pattern: str, declared: FormatSpec | None = N
         SourceError: the files cannot be read.
     """
     with opened_view(root, pattern, declared) as (frame, is_text, num_files, spec):
-        try:
-            num_rows = int(frame.select(pl.len()).collect().item())
-            dtypes = dict(frame.collect_schema())
-            columns = {name: _profile(frame, name, dtype, num_rows, is_text) for name, dtype in dtypes.items()}
-        except READ_ERRORS as err:
-            raise SourceError(f"{Path(str(root)) / pattern} cannot be read: {reason_of(err)}") from err
+        num_rows = int(frame.select(pl.len()).collect().item())
+        dtypes = dict(frame.collect_schema())
+        columns = {name: _profile(frame, name, dtype, num_rows, is_text) for name, dtype in dtypes.items()}
         return ViewProfile(pattern, num_files, num_rows, spec, columns)
 
 

@@ -27,7 +27,7 @@ import pyarrow as pa
 from polars.exceptions import PolarsError
 
 from feature_store.expressions import missing_for_nan
-from feature_store.formats import READ_ERRORS, DataFile, reason_of
+from feature_store.formats import READ_ERRORS, DataFile, reason_of, unreadable
 from recsys.errors import SourceError
 from recsys.schema import (
     Categorical,
@@ -158,7 +158,7 @@ class Source:
         try:
             return frame.select(**expressions).collect(optimizations=IN_ORDER)
         except READ_ERRORS as err:
-            raise SourceError(f"{self._broken_file()} cannot be read: {reason_of(err)}") from err
+            raise self._unreadable(err) from err
 
     def blocks(self, expressions: Mapping[str, pl.Expr]) -> Iterator[pl.DataFrame]:
         """Evaluates expressions over all rows, in order, some rows at a time; memory does not grow with the view.
@@ -173,7 +173,7 @@ class Source:
             else:
                 yield from frame.collect_batches(chunk_size=_BLOCK_ROWS, maintain_order=True, optimizations=IN_ORDER)
         except READ_ERRORS as err:
-            raise SourceError(f"{self._broken_file()} cannot be read: {reason_of(err)}") from err
+            raise self._unreadable(err) from err
 
     def _between(self, first: int, stop: int) -> pl.LazyFrame:
         """Rows ``first`` to ``stop - 1``; each file is cut by itself, for a cut of all would read what precedes it."""
@@ -215,14 +215,14 @@ class Source:
         counted = self.read({c: pl.col(c).cast(pl.Float64).is_nan().sum() for c in of_fractions})
         return {c: int(counted[c][0]) for c in of_fractions}
 
-    def _broken_file(self) -> str:
-        """The first file that cannot be read by itself; all of them if each can."""
+    def _unreadable(self, err: BaseException) -> SourceError:
+        """The error of the first file that cannot be read by itself; of all of them if each can."""
         for file, scan in zip(self.files, self.scans, strict=True):
             try:
                 scan.collect()
-            except READ_ERRORS:
-                return file.name
-        return self.place
+            except READ_ERRORS as own:
+                return unreadable(file, own)
+        return SourceError(f"{self.place} cannot be read: {reason_of(err)}")
 
     def column(self, use: Use) -> pl.Series:
         """One typed column over all rows."""

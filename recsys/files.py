@@ -18,6 +18,7 @@ the name free, and the old folder whole beside it.
     read_object                 a JSON object that we wrote, of which nothing is believed before it was checked
     check_replaceable           may a folder be replaced, or does it hold what somebody else put there?
     sha256_of                   checksum of a file
+    damage_of                   what is wrong with a data file that cannot be read, and what to do
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ __all__ = [
     "append_line",
     "check_can_write",
     "check_replaceable",
+    "damage_of",
     "draft_of",
     "exchange",
     "put_in_place",
@@ -282,3 +284,51 @@ def check_replaceable(
                 f"{rule} one that also holds {name}, which its manifest does not name: it would be deleted",
                 hint=f"move it to another place, or {elsewhere}",
             )
+
+
+_MAGIC = {"parquet": b"PAR1", "arrow": b"ARROW1"}
+"""What a file of a format begins with, and ends with if it is whole."""
+_ARROW_STREAM = b"\xff\xff\xff\xff"
+_WRITE_AGAIN = (
+    "its writing or copying was broken off, or is still going on: write or copy it again, under another name that is "
+    "changed once it is whole"
+)
+_COPY_AGAIN = "write or copy it again, and compare its checksum with that of the original"
+_OTHER_FORMAT = "name the file by what it holds; a view may declare it, such as format: {kind: csv}"
+
+
+def damage_of(path: Path, kind: str, reason: str) -> tuple[str, str | None]:
+    """What is wrong with a data file that cannot be read, in words, and what to do.
+
+    Args:
+        path: of the file.
+        kind: its format: ``"parquet"``, ``"arrow"``, or a text format.
+        reason: what its reader says.
+
+    Returns:
+        Words and a hint; the reason alone where the file itself is not what is wrong, as with permissions.
+    """
+    magic = _MAGIC.get(kind)
+    try:
+        with path.open("rb") as file:
+            first = file.read(len(magic) if magic else 4)
+            size = file.seek(0, os.SEEK_END)
+            file.seek(-min(size, len(first)), os.SEEK_END)
+            last = file.read()
+    except OSError:
+        return reason, None
+    if not size:
+        return "it is empty", _WRITE_AGAIN
+    if magic is None:
+        if "Truncated compressed stream" in reason:
+            return "it is cut short: its compressed content has no end", _WRITE_AGAIN
+        return (f"it is damaged ({reason})", _COPY_AGAIN) if "zlib" in reason else (reason, None)
+    if kind == "arrow" and first.startswith(_ARROW_STREAM):
+        is_cut = "but only" in reason or "got " in reason
+        return (f"it is cut short, or damaged ({reason})" if is_cut else f"it is damaged ({reason})", _WRITE_AGAIN)
+    if not (first and magic.startswith(first)):
+        return "it does not begin as such a file does", _OTHER_FORMAT
+    # The shortest file has the magic at both ends, and something between them.
+    if last != magic or size <= 2 * len(magic):
+        return "it is cut short: its end is missing", _WRITE_AGAIN
+    return f"it is damaged ({reason})", _COPY_AGAIN

@@ -25,6 +25,7 @@ from serving.output import (
     is_folder_output,
     open_parquet,
     sign,
+    unreadable,
     unsigned,
     writing_file,
     writing_folder,
@@ -199,7 +200,7 @@ def _pieces(file: Path, batch_size: int, request: str | None) -> Iterator[pa.Tab
                 if end:
                     yield table.slice(0, end)
     except (pa.ArrowException, OSError) as err:
-        raise SourceError(f"{file} cannot be read as Parquet: {str(err).splitlines()[0]}") from err
+        raise unreadable(file, err) from err
     if kept is not None and kept.num_rows:
         yield kept
 

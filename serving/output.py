@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from recsys.errors import ConfigError, SourceError
-from recsys.files import check_can_write, draft_of, put_in_place, replacing_file, sync_tree
+from recsys.files import check_can_write, damage_of, draft_of, put_in_place, replacing_file, sync_tree
 
 _KEY = "recsys.scores"
 _ELSEWHERE = "choose another place for the scores"
@@ -52,7 +52,13 @@ def open_parquet(file: Path) -> pq.ParquetFile:
     try:
         return pq.ParquetFile(file)
     except (pa.ArrowException, OSError) as err:
-        raise SourceError(f"{file} cannot be read as Parquet: {str(err).splitlines()[0]}") from err
+        raise unreadable(file, err) from err
+
+
+def unreadable(file: Path, err: Exception) -> SourceError:
+    """The error of a Parquet file that cannot be read: what is wrong with it, and what to do."""
+    words, hint = damage_of(file, "parquet", str(err).splitlines()[0])
+    return SourceError(f"{file} cannot be read as Parquet: {words}", hint=hint)
 
 
 def is_folder_output(source: Path, target: Path) -> bool:

@@ -165,27 +165,27 @@ def notes(*says: str) -> Callable[[Callable[[Place], None]], Callable[[Place], N
 # ---- files -------------------------------------------------------------------------------------------------
 
 
-@fails(SourceError, "events.parquet cannot be read as Parquet")
+@fails(SourceError, "events.parquet cannot be read as Parquet: it is cut short", "Hint:", "write or copy it again")
 def a_truncated_parquet(place: Place) -> None:
     place.bytes_of("events", lambda content: content[:-100])
 
 
-@fails(SourceError, "items.parquet cannot be read as Parquet")
+@fails(SourceError, "items.parquet cannot be read as Parquet: it is empty", "Hint:", "write or copy it again")
 def an_empty_parquet_file(place: Place) -> None:
     place.bytes_of("items", lambda _: b"")
 
 
-@fails(SourceError, "items.parquet cannot be read as Parquet")
+@fails(SourceError, "items.parquet cannot be read as Parquet: it does not begin as", "Hint: name the file by what it")
 def text_named_parquet(place: Place) -> None:
     place.bytes_of("items", lambda _: b"item,category,tags\n1,a,b\n")
 
 
-@fails(SourceError, "events.parquet", "cannot be read")
+@fails(SourceError, "events.parquet cannot be read as Parquet: it is damaged (", "Hint: write or copy it again")
 def a_parquet_with_damaged_pages(place: Place) -> None:
     place.bytes_of("events", lambda content: content[:40] + b"\xff" * 900 + content[940:])
 
 
-@fails(SourceError, "events/b.parquet", "cannot be read")
+@fails(SourceError, "events/b.parquet cannot be read as Parquet: it is damaged (", "Hint: write or copy it again")
 def one_damaged_part_of_many(place: Place) -> None:
     good = place.frames["events"]
     place.parts("events", {"a.parquet": good[:100], "b.parquet": good[100:], "c.parquet": good[:5]})
@@ -279,12 +279,25 @@ def a_csv_without_its_header(place: Place) -> None:
     place.bytes_of("users", lambda content: content.split(b"\n", 1)[1])
 
 
-@fails(SourceError, "users.csv.gz cannot be read")
+@fails(SourceError, "users.csv.gz cannot be read as CSV: it is cut short", "Hint:", "write or copy it again")
 def a_truncated_gzip(place: Place) -> None:
     place.as_csv()
     place.view("users")["path"] = "users.csv.gz"
     target = place.folder / "views" / "users.csv.gz"
     place.later(lambda: target.write_bytes(gzip.compress(place.file("users").read_bytes())[:-12]))
+
+
+@fails(SourceError, "users.csv.gz cannot be read as CSV: it is damaged (", "Hint: write or copy it again")
+def a_damaged_gzip(place: Place) -> None:
+    place.as_csv()
+    place.view("users")["path"] = "users.csv.gz"
+    target = place.folder / "views" / "users.csv.gz"
+
+    def damage() -> None:
+        content = gzip.compress(place.file("users").read_bytes())
+        target.write_bytes(content[:-8] + b"\xff" * 4 + content[-4:])  # another checksum
+
+    place.later(damage)
 
 
 @fails(SourceError, "views.impressions.path", "impressions.parquet does not exist", "did you mean 'impression.parquet'")

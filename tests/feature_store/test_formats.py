@@ -18,6 +18,7 @@ from feature_store.build import build_training_set
 from feature_store.files import is_address, partition_values
 from feature_store.formats import DataFile, format_of, open_file
 from feature_store.opening import open_source
+from feature_store.profile import profile_view
 from feature_store.sources import Use
 from recsys.config import validate
 from recsys.errors import ConfigError, SourceError
@@ -272,9 +273,10 @@ def test_libfm(tmp_path: Path) -> None:
         ("a.jsonl", '{"user": {"id": 1}, "time": 2}\n', "column 'user' .* must hold integers or text, got struct"),
         ("a.jsonl", '{"user": 1e400, "time": 2}\n', "row 1 must hold one JSON object a line.* too big"),
         ("a.jsonl", '{"user": 18446744073709551616, "time": 2}\n', "'user' .* must hold integers or text, got float64"),
-        ("a.arrow", "ARROW1 and no more", "cannot be read as Arrow"),
-        ("a.arrow", "no Arrow at all", "cannot be read as Arrow"),
-        ("a.arrow", "", "cannot be read as Arrow"),
+        ("a.jsonl", '{"user": 1, "time": 2}\n{"user": \n', "if it is the last row, the file is cut short"),
+        ("a.arrow", "ARROW1 and no more", "cannot be read as Arrow: it is cut short: its end is missing"),
+        ("a.arrow", "no Arrow at all", "cannot be read as Arrow: it does not begin as such a file does"),
+        ("a.arrow", "", "cannot be read as Arrow: it is empty"),
     ],
 )
 def test_broken_files_of_other_formats(tmp_path: Path, name: str, content: str, message: str) -> None:
@@ -283,6 +285,26 @@ def test_broken_files_of_other_formats(tmp_path: Path, name: str, content: str, 
     with pytest.raises(SourceError, match=message) as error:
         open_source("x", tmp_path, name, uses, staging=tmp_path / "s")
     assert str(tmp_path / name) in str(error.value)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of Arrow, which would quote the row
+def test_a_row_of_other_bytes_is_named_and_not_quoted(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_bytes(b"user,time\n1,2\n" + b"\xc6\xff\x9e" * 9 + b"\n3,4\n")
+    with pytest.raises(SourceError, match="row 3 must have 2 fields of text, got 1 and other bytes") as error:
+        open_source("x", tmp_path, "a.csv", [KEY, TIME], staging=tmp_path / "s")
+    assert "the file may be damaged: write or copy it again" in str(error.value)
+    assert "\ufffd" not in str(error.value)
+
+
+def test_a_damaged_file_is_named_when_it_is_profiled(tmp_path: Path) -> None:
+    (tmp_path / "parts").mkdir()
+    for name in ("a", "b"):
+        pl.DataFrame({"user": [f"user {i}" for i in range(500)]}).write_parquet(tmp_path / "parts" / f"{name}.parquet")
+    content = (tmp_path / "parts" / "b.parquet").read_bytes()
+    (tmp_path / "parts" / "b.parquet").write_bytes(content[:20] + b"\xff" * 300 + content[320:])
+    with pytest.raises(SourceError, match=r"parts/b\.parquet cannot be read as Parquet: it is damaged \(") as error:
+        profile_view(tmp_path, "parts")
+    assert error.value.hint == "write or copy it again, and compare its checksum with that of the original"
 
 
 def test_a_line_of_double_colons_with_another_number_of_fields(tmp_path: Path) -> None:
