@@ -81,19 +81,48 @@ def _flat(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+_LEAST = 12
+"""Letters that a folded column of a table keeps at least."""
+
+
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    """Prints a table; its first column is text, the others are numbers."""
+    """Prints a table; its first column is text, the others are numbers.
+
+    Nothing is left out: on a terminal that is narrower, long texts are folded in their column; where that does not do,
+    or nobody looks at it (a file, a pipe), rows go on past the edge.
+    """
+    from rich.cells import cell_len
+    from rich.segment import Segments
     from rich.table import Table
     from rich.text import Text
 
+    shown = [[_shown(cell) for cell in row] for row in rows]
+    widths = [max(map(cell_len, column)) for column in zip(columns, *shown, strict=True)]
+    is_text = [place == 0 or any(isinstance(row[place], str) for row in rows) for place in range(len(columns))]
+    least = [
+        max(min(width, _LEAST), cell_len(head)) if text else width
+        for head, width, text in zip(columns, widths, is_text, strict=True)
+    ]
+    console = results()
+    gaps = 2 * (len(columns) - 1)
+    is_folded = console.is_terminal and sum(least) + gaps <= console.width < sum(widths) + gaps
     table = Table(box=None, padding=(0, 1), pad_edge=False, header_style="bold")
     for place, column in enumerate(columns):
-        table.add_column(column, justify="right" if place else "left", no_wrap=True)
-    for row in rows:
-        table.add_row(*(Text(_shown(cell)) for cell in row))
-    console = results()
+        table.add_column(
+            column,
+            justify="right" if place else "left",
+            no_wrap=not (is_folded and is_text[place]),
+            overflow="fold",
+            min_width=least[place] if is_folded else None,
+        )
+    for row in shown:
+        table.add_row(*map(Text, row))
     console.print(Text(title, style="bold"), soft_wrap=True)
-    console.print(table)
+    if is_folded:
+        console.print(table)
+    else:
+        wide = console.options.update(width=max(console.width, sum(widths) + gaps))
+        console.print(Segments(console.render(table, wide)), soft_wrap=True, end="")
     console.print()
 
 
