@@ -16,7 +16,7 @@ from feature_store.online.key_values import Change
 from recsys.errors import SourceError, UnavailableError
 
 MAP_GIB = 64
-"""Address space of a store, and so the most that it can hold; the file grows as it is filled."""
+"""Address space of a new store, and so the most that it can hold; the file grows as it is filled."""
 _PAGE = 1024
 
 
@@ -29,14 +29,15 @@ class LMDB:
         folder: of the store; holds nothing else.
         is_writable: False for a service that only reads.
         is_made: whether a store that is not there is made, if ``is_writable``.
-        map_gib: the most that it can hold.
+        map_gib: the most that it can hold from now on, if that is more than before; None leaves it as it is,
+            :data:`MAP_GIB` of a new one.
 
     Raises:
         SourceError: there is no store, or the folder cannot be used.
     """
 
     def __init__(
-        self, folder: str | Path, *, is_writable: bool = True, is_made: bool = True, map_gib: int = MAP_GIB
+        self, folder: str | Path, *, is_writable: bool = True, is_made: bool = True, map_gib: int | None = None
     ) -> None:
         self.folder = Path(folder)
         if not (is_writable and is_made) and not (self.folder / "data.mdb").is_file():
@@ -50,12 +51,14 @@ class LMDB:
                     f"{self.folder} must be the folder of an online store, or be empty, or not exist, got {found}",
                     hint="choose another path",
                 )
+        is_new = not (self.folder / "data.mdb").is_file()
         try:
             if is_writable:
                 self.folder.mkdir(parents=True, exist_ok=True)
             self._environment = lmdb.open(
                 str(self.folder),
-                map_size=map_gib << 30,
+                # Of a store that exists, 0 is the size that its last writer gave it, which is written in the file.
+                map_size=(map_gib or (MAP_GIB if is_new else 0)) << 30,
                 readonly=not is_writable,
                 create=is_writable,
                 max_readers=1024,
@@ -111,9 +114,16 @@ class LMDB:
         try:
             yield
         except lmdb.MapFullError as err:
-            size = self._environment.info()["map_size"] >> 30
+            size = self._environment.info()["map_size"] / 2**30
+            more = max(round(2 * size), 1)
             raise UnavailableError(
-                f"{self.folder} is full at {size} GiB", hint="keep fewer events, or give the store more map_gib"
+                f"{self.folder} is full at {size:g} GiB",
+                hint=f"give it more room: `recsys materialize` with --map-gib {more}, else as it was filled; "
+                "or fill a new store that keeps less (--keep-events, --keep-rows, --user-ttl)",
+            ) from err
+        except lmdb.MapResizedError as err:
+            raise UnavailableError(
+                f"{self.folder} was given more room since it was opened", hint="open it again: restart what reads it"
             ) from err
         except lmdb.ReadonlyError as err:
             raise UnavailableError(f"{self.folder} was opened for reading only") from err

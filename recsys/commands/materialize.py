@@ -55,6 +55,10 @@ def materialize(
     item_ttl: Annotated[
         float | None, typer.Option(metavar="SECONDS", help="Items expire so long after they were last written.")
     ] = None,
+    map_gib: Annotated[
+        int | None,
+        typer.Option(min=1, max=65536, help="The most that an LMDB store can hold from now on; 64 GiB at first."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Bring an online store up to a training set, or to views: users, items, users' newest events, derived values.
@@ -91,7 +95,7 @@ def materialize(
         ),
     ):
         _check_end(end, source)
-        online = OnlineStore(open_backend(store, is_writable=True), source.encoder, limits=limits)
+        online = OnlineStore(open_backend(store, is_writable=True, map_gib=map_gib), source.encoder, limits=limits)
         try:
             summary = bring_up(
                 online,
@@ -108,6 +112,8 @@ def materialize(
     facts: dict[str, Any] = {f"{kind} written": n for kind, n in summary.written.items()}
     facts |= {f"{kind} compared": n for kind, n in summary.visited.items()}
     facts |= {f"{kind}, users with more than are kept": n for kind, n in summary.cut_users.items() if n}
+    if online.limits.user_ttl_s or online.limits.item_ttl_s:
+        facts["expired, removed"] = summary.swept
     print_facts(store, facts | {"went on with an interrupted run": summary.resumed})
 
 
