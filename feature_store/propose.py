@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import polars as pl
 
@@ -46,6 +46,29 @@ _LABEL = (
 )
 _RATING = r"^(rating|score|stars?|overall|grade)s?$"
 _AFTER = r"(play_?time|watch_?time|watched|dwell|stay|duration_ms$|revenue|_after$|outcome|view_time|comment_stay)"
+_CODES = (
+    r"^(id|code|key|type|kind|category|categorie|cat|cate|subcategory|brand|zip|postcode|postal|group|level|"
+    r"tab|class|classe|feat|position|rank|city|citie|country|countrie|region|state|province|district|area|"
+    r"county|location|geo|gender|sex|device|os|browser|platform|carrier|network|isp|channel|source|medium|"
+    r"lang|language|locale|genre|author|artist|publisher|seller|shop|store|merchant|vendor|campaign|"
+    r"advertiser|segment|cluster|bucket|color|colour|occupation|job|profession|education|status|flag|"
+    r"model|version|slot|placement|page|site|domain|app|topic|tag|theme|series|creative|layout)s?$"
+)
+"""Last words of the names of integers that name things."""
+_AMOUNTS = (
+    r"^(age|price|cost|amount|fee|salary|income|budget|discount|counts?|cnt|total|sum|num|avg|mean|"
+    r"median|max|min|rate|ratio|score|length|len|size|width|height|depth|weight|duration|distance|days|"
+    r"hours|minutes|seconds|months|years|weeks|ms|views|clicks|likes|shares|comments|follows|followers|"
+    r"fans|plays|purchases|orders|sales|visits|impressions|quantity|qty|stock|balance|points)$"
+)
+"""Last words of the names of integers that are more or less."""
+_COUNTED = r"^(num|n|nr|count|cnt|total|sum|avg|mean|max|min)$"
+"""First words of such names."""
+_FEW = 50
+"""Integers with so many values at most are categories whatever their number of rows."""
+_SOME = 1000
+"""With so many, they are where each value stands in a hundred rows on average."""
+_ROWS_OF_A_VALUE = 100
 _NAME = re.compile(r"[^A-Za-z0-9_]+")
 _PLAIN = re.compile(r"^[A-Za-z_][A-Za-z0-9_./*-]*$")
 _WORDS_OF_YAML = {"null", "true", "false", "yes", "no", "on", "off", "y", "n"}
@@ -82,7 +105,7 @@ class Proposal:
         name: of the schema.
         profiles: by view.
         mapping: the schema, as YAML gives it.
-        comments: why, by place: ``view.column``, or the name of a section.
+        comments: why, by place: ``view.column`` of what is left out, ``features.name``, or the name of a section.
         span: first and last time of the impressions, UTC microseconds.
         cuts: times at which four fifths, then nine tenths of the impressions are past.
     """
@@ -395,6 +418,9 @@ def _columns(
             comments[f"{view}.{column.name}"] = kind
             continue
         name = _free(column.name, taken, scope)
+        why = _why(column, kind)
+        if why is not None:
+            comments[f"features.{name}"] = why
         yield {"name": name, "scope": scope} | kind | _renamed(name, column.name)
 
 
@@ -426,14 +452,54 @@ def _kind(column: ColumnProfile, num_rows: int, view: str) -> dict[str, Any] | s
         if column.mean_length > _FREE_TEXT or (distinct > 0.9 * num_rows and num_rows > 1000):
             return "free text, or nearly a value a row"
         return {"kind": "categorical"} | _rare(distinct)
-    is_code = re.search(
-        r"(^|_)(id|code|type|category|brand|zip|group|level|tab|class|feat\d*|position|rank)s?\d*$", column.name.lower()
-    )
-    if column.kind == "integer" and (is_code or distinct <= 50):
+    if column.kind == "integer" and _is_code(column, num_rows):
         return {"kind": "categorical"} | _rare(distinct)
-    spread = (column.lowest or 0) >= 0 and (column.highest or 0) > 100 * max(column.median or 0, 1)
-    transform = {"transform": {"kind": "standardise", "log1p": True}} if spread else {}
+    transform = {"transform": {"kind": "standardise", "log1p": True}} if _is_spread(column) else {}
     return {"kind": "dense"} | transform
+
+
+def _is_spread(column: ColumnProfile) -> bool:
+    """Whether a few numbers are far greater than most, as counts are."""
+    return (column.lowest or 0) >= 0 and (column.highest or 0) > 100 * max(column.median or 0, 1)
+
+
+def _is_code(column: ColumnProfile, num_rows: int) -> bool:
+    """Whether integers name things rather than say how much; the name decides, then how many values there are."""
+    meant = _meant(column.name)
+    distinct = column.distinct or 0
+    if meant is not None:
+        return meant == "code"
+    is_repeated = distinct <= _SOME and num_rows >= _ROWS_OF_A_VALUE * distinct and not _is_spread(column)
+    return distinct <= _FEW or is_repeated
+
+
+def _meant(name: str) -> Literal["code", "amount"] | None:
+    """What the name of a column of integers says of them; ``num_cities`` and ``age`` are amounts, ``city`` is a code.
+
+    Example:
+        >>> [_meant(n) for n in ("city", "userCityId", "age", "num_cities", "age_group", "price2", "x7")]
+        ['code', 'code', 'amount', 'amount', 'code', 'amount', None]
+    """
+    words = [w for w in re.split(r"[^a-z]+", re.sub(r"([a-z0-9])([A-Z])", r"\1_\2", name).lower()) if w]
+    if len(words) > 1 and re.search(_COUNTED, words[0]):
+        return "amount"
+    for word in reversed(words):
+        if re.search(_AMOUNTS, word):
+            return "amount"
+        if re.search(_CODES, word):
+            return "code"
+    return None
+
+
+def _why(column: ColumnProfile, kind: Mapping[str, Any]) -> str | None:
+    """What is to be checked of a column of integers, which may be codes as well as amounts."""
+    if column.kind != "integer" or (kind["kind"] == "dense" and _meant(column.name) == "amount"):
+        return None
+    held = f"integers with {column.distinct or 0:,} different values"
+    if kind["kind"] == "dense":
+        return f"{held}: taken as an amount; write kind: categorical if they are codes"
+    said = "by the name" if _meant(column.name) == "code" else "there are few for the rows"
+    return f"{held}: taken as codes, {said}; write kind: dense if they are amounts"
 
 
 def _rare(distinct: int) -> dict[str, Any]:
@@ -536,6 +602,9 @@ def _schema_lines(proposal: Proposal) -> Iterator[str]:
     yield ""
     yield "features:"
     for feature in mapping["features"]:
+        why = comments.get(f"features.{feature['name']}")
+        if why is not None:
+            yield f"  # {why}"
         yield f"  - {_flow(feature)}"
     left_out = {place: why for place, why in comments.items() if place.partition(".")[0] in VIEWS}
     if left_out:

@@ -13,7 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 from feature_store.profile import profile_view
-from feature_store.propose import Roles, propose
+from feature_store.propose import Roles, _meant, propose
 from recsys.cli import app
 from recsys.config import parse_yaml
 from recsys.errors import ConfigError, SourceError
@@ -78,6 +78,60 @@ def log(num_rows: int = 400, *, seed: int = 0) -> pl.DataFrame:
             "ts": 1_600_000_000 + rng.integers(0, 30 * DAY, num_rows),
         }
     )
+
+
+def test_integers_are_codes_or_amounts_and_it_says_why(tmp_path: Path) -> None:
+    rng = np.random.default_rng(1)
+    rows = 30_000
+    frame = log(rows).with_columns(
+        city=pl.Series(rng.integers(0, 900, rows) * 1009),  # a code by its name
+        userRegionId=pl.Series(rng.integers(0, 20_000, rows)),
+        age=pl.Series(rng.integers(18, 60, rows)),  # amounts by their names, however few values they have
+        num_clicks=pl.Series(rng.geometric(0.3, rows)),
+        price=pl.Series(rng.integers(1, 400, rows)),
+        x1=pl.Series(rng.integers(0, 200, rows)),  # a code by how often each value comes
+        x2=pl.Series(rng.integers(0, 2000, rows)),
+        x3=pl.Series(rng.zipf(1.5, rows).clip(0, 900)),  # often repeated, but some far greater than most: counts
+    )
+    frame.write_parquet(tmp_path / "log.parquet")
+    proposal = propose(tmp_path / "log.parquet")
+    kinds = {f["name"]: f["kind"] for f in proposal.mapping["features"]}
+    codes = {name for name in frame.columns[4:] if kinds[name] == "categorical"}
+    assert codes == {"city", "userRegionId", "x1"}
+    lines = proposal.schema_yaml().splitlines()
+
+    def above(name: str) -> str:
+        place = next(n for n, line in enumerate(lines) if line.startswith(f"  - {{name: {name},"))
+        return lines[place - 1]
+
+    assert above("city") == (
+        "  # integers with 900 different values: taken as codes, by the name; write kind: dense if they are amounts"
+    )
+    assert above("x1").endswith("taken as codes, there are few for the rows; write kind: dense if they are amounts")
+    assert above("x2").endswith("taken as an amount; write kind: categorical if they are codes")
+    assert not {above(name) for name in ("age", "num_clicks", "price")} & {line for line in lines if "#" in line}
+    assert "Left out" not in proposal.schema_yaml()
+    # Comments are no part of what the schema means.
+    assert [f["name"] for f in parse_yaml(proposal.schema_yaml(), source="proposed")["features"]] == list(kinds)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("city", "code"),
+        ("user_city_id", "code"),
+        ("userCityId", "code"),
+        ("categories", "code"),
+        ("feat12", "code"),
+        ("age_group", "code"),
+        ("num_cities", "amount"),
+        ("fans_user_num", "amount"),
+        ("registerDays", "amount"),
+        ("x7", None),
+    ],
+)
+def test_what_names_of_integers_mean(name: str, kind: str | None) -> None:
+    assert _meant(name) == kind
 
 
 def test_one_log_with_ratings_in_seconds(tmp_path: Path) -> None:
