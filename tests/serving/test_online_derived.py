@@ -13,6 +13,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
+from feature_store.online.fetched import fetch
 from feature_store.online.location import open_backend
 from feature_store.online.materialize import Materializer, Summary
 from feature_store.online.pushed import counted_event
@@ -136,6 +137,51 @@ def test_online_is_offline_at_the_time_of_materialising(built: TrainingSet, loca
             stored = Batch.from_training_set(built, split, np.array([number]))
             assert_equal(assemble(store, body_of(built, split, number)), stored, names)
     assert len(chosen) > 8
+    store.close()
+
+
+def test_pushes_that_are_newer_than_a_later_run_stay(built: TrainingSet, location: str) -> None:
+    """Older ones are replaced in each history, and each log's rows, that has anything of the user since the run before;
+    in others they stay, too."""
+    store = opened(built, location, keep_events=1000)
+    log = pl.read_parquet(built.folder.parent / "views" / "events.parquet")
+    users = sorted(set(log["user"]))
+    # The first six hours after the fourth day in which some users click, some do something else, and some do nothing.
+    whole, of_clicks = set(users), log.filter(pl.col("type") == "click")
+    active, clicking = (dict(rows.group_by("time").agg("user").iter_rows()) for rows in (log, of_clicks))
+    before = min(t for t in clicking if t >= START + 4 * DAY and set(clicking[t]) < set(active[t]) < whole)
+    until, idle, without_click = before + DAY // 4, whole - set(active[before]), whole - set(clicking[before])
+    filled(built, store, before)
+    pushed = (before + 1, until, until + 7)
+    for user in users:
+        for when in pushed:
+            store.push(Event(user, 101, when, "click", {"dwell": 1.0, "created": when}))
+    at = until + 10
+
+    def seen(user: int) -> tuple[list[int], float]:
+        found = fetch(store, user, [], at).user
+        assert found is not None
+        return found.histories["clicked"].times, found.derived["f_user_events"]
+
+    def logged(user: int, end: int) -> tuple[list[int], int]:
+        own = log.filter((pl.col("user") == user) & (pl.col("time") < end)).sort("time")
+        return own.filter(pl.col("type") == "click")["time"].to_list(), len(own)
+
+    filled(built, store, until)
+    for user in users:
+        clicks, num_events = logged(user, until)
+        clicks += pushed if user in without_click else pushed[1:]
+        assert seen(user) == (sorted(clicks), num_events + (3 if user in idle else 2))
+    # A request between the pushes sees the earlier ones only.
+    between = fetch(store, users[0], [], until + 1).user
+    assert between is not None
+    assert between.derived["f_user_events"] == seen(users[0])[1] - 1
+    # Once a run reaches past them, the log counts alone, of all who click in it since.
+    filled(built, store)
+    later = set(log.filter((pl.col("time") >= until) & (pl.col("type") == "click"))["user"])
+    assert later
+    for user in later:
+        assert seen(user) == logged(user, at)
     store.close()
 
 
