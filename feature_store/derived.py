@@ -456,9 +456,13 @@ class Computation:
         is_boolean = series.dtype == pl.Boolean
         is_right = is_boolean if field == "where" else is_boolean or series.dtype.is_numeric()
         if not is_right and series.dtype != pl.Null:
+            source = self.views.sources[spec.source]
+            advice = source.cast_advice(text, row_expression(text, place)[1])
             raise SourceError(
-                f"{self.views.sources[spec.source].place}: {place} must give {wanted}, got {str(series.dtype).lower()}",
-                hint="compare with a value" if field == "where" else "CAST(x AS DOUBLE) makes a number of text",
+                f"{source.place}: {place} must give {wanted}, got {str(series.dtype).lower()}",
+                hint="compare with a value"
+                if field == "where"
+                else advice or "CAST(x AS DOUBLE) makes a number of text that is written as one",
             )
         return series
 

@@ -16,6 +16,7 @@ What cannot be converted is a broken row, and is set aside with its reason (:mod
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
@@ -182,12 +183,13 @@ class Source:
         return _concatenated([s.slice(a, max(b - a, 0)) for s, (a, b) in zip(self.scans, cuts, strict=True)])
 
     def computed(
-        self, expression: pl.Expr, uses: Sequence[Use], reader: str, *, as_numbers: Collection[str] = ()
+        self, expression: pl.Expr, uses: Sequence[Use], reader: str, *, text: str, as_numbers: Collection[str] = ()
     ) -> pl.Series:
         """An expression over all rows, in order, of columns as their uses read them, with nulls for NaN.
 
         Args:
             expression: of the columns.
+            text: the expression as it is written.
             uses: how each is read.
             reader: as messages name it.
             as_numbers: columns whose integers are read as fractions.
@@ -204,8 +206,38 @@ class Source:
             kinds = ", ".join(f"{use.column}: {words_of(self.kinds[use.column])}" for use in uses)
             raise SourceError(
                 f"{self.place}: {reader} must fit its columns ({kinds}), got {type(err).__name__}",
-                hint="compare numbers with numbers and text with text; CAST(x AS DOUBLE) makes a number of text",
+                hint=self.cast_advice(text, [use.column for use in uses])
+                or "compare numbers with numbers and text with text; CAST(x AS DOUBLE) makes a number of text",
             ) from err
+
+    def cast_advice(self, text: str, columns: Iterable[str]) -> str | None:
+        """An expression rewritten so that columns of numbers that lie in text are numbers; None if there are none.
+
+        Args:
+            text: SQL.
+            columns: that it reads.
+        """
+        held = [c for c in columns if self.kinds[c] == "text" and self._holds_numbers(c)]
+        parts = re.split(r"('(?:[^']|'')*')", text)  # every other one is a text in quotes
+        for column in held:
+            name = re.escape(column)
+            plain = rf'(?<![\w"])("{name}"|{name})(?![\w"])(?!\s+AS\b)'
+            parts[::2] = [re.sub(plain, r"CAST(\1 AS DOUBLE)", part, flags=re.IGNORECASE) for part in parts[::2]]
+        written = "".join(parts)
+        if written == text:
+            return None
+        said = (
+            f"column {held[0]!r} holds numbers"
+            if len(held) == 1
+            else f"columns {', '.join(map(repr, held))} hold numbers"
+        )
+        return f"{said} as text{', for such files have no types' if self.is_text else ''}: write {written}"
+
+    def _holds_numbers(self, column: str) -> bool:
+        """Whether every value of a text column is written as a number."""
+        text = pl.col(column).cast(pl.String)
+        counted = self.read({"numbers": text.cast(pl.Float64, strict=False).count(), "values": text.count()})
+        return 0 < int(counted["values"][0]) == int(counted["numbers"][0])
 
     def num_nan(self, columns: Iterable[str]) -> dict[str, int]:
         """How many rows hold NaN, of each column of fractions."""

@@ -324,7 +324,9 @@ class Views:
         expression, columns = row_expression(text, reader)
         self._note_nan(view, [column for column in columns if (view, column) not in self._looked_for_nan])
         uses = [use for use in self.uses(view) if use.column in columns]
-        return self.sources[view].computed(expression, uses, reader, as_numbers=self.as_numbers.get(view, ()))
+        return self.sources[view].computed(
+            expression, uses, reader, text=text, as_numbers=self.as_numbers.get(view, ())
+        )
 
     def _note_nan(self, view: str, columns: Sequence[str]) -> None:
         self._looked_for_nan.update((view, column) for column in columns)

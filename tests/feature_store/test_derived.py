@@ -147,6 +147,33 @@ def test_text_views_give_the_same_values(tmp_path: Path) -> None:
         assert stored(typed, f"f_{name}") == stored(other, f"f_{name}"), name
 
 
+@pytest.mark.parametrize(
+    ("field", "text", "advised"),
+    [
+        ("value", "spent / 3.0", "CAST(spent AS DOUBLE) / 3.0"),
+        ("value", "spent", "CAST(spent AS DOUBLE)"),
+        ("where", "type <> 'spent' AND \"spent\" > 20", "type <> 'spent' AND CAST(\"spent\" AS DOUBLE) > 20"),
+    ],
+)
+def test_numbers_in_text_are_told_how_to_be_written(tmp_path: Path, field: str, text: str, advised: str) -> None:
+    """The hint is the expression to write; written so, it builds."""
+    views = make(6)
+    views["events"] = views["events"].with_columns(spent=pl.int_range(pl.len()) / 4)
+    shape = mapping()
+    shape["views"]["events"] = shape["views"]["events"] | {"path": "events.csv"}
+    write_views(tmp_path / "views", views)
+    write_views(tmp_path / "views", views, suffix=".csv")
+
+    def build_with(written: str) -> None:
+        shape["derived"] = changed("item_dwell", **{field: written})
+        build_training_set(validate(Schema, shape, source="test"), config(tmp_path))
+
+    with pytest.raises(SourceError, match=rf"events\.csv: derived value 'item_dwell': {field} must") as error:
+        build_with(text)
+    assert error.value.hint == f"column 'spent' holds numbers as text, for such files have no types: write {advised}"
+    build_with(advised)
+
+
 def test_broken_versions_are_set_aside(tmp_path: Path) -> None:
     views = make(7)
     broken = {
