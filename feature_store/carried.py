@@ -31,6 +31,7 @@ from typing import Any, Self
 import numpy as np
 import pyarrow as pa
 
+from feature_store.event_log import stable_order
 from feature_store.sources import Kind
 from recsys.derived import Windowed, duration_us
 from recsys.errors import IntegrityError
@@ -174,7 +175,7 @@ class Carrier:
         return totals
 
     def finish(self) -> CarriedRows:
-        """Rows as they are, then totals value by value."""
+        """Rows as they are, in the order of their times and then of their other values, then totals value by value."""
         is_kept = np.zeros(len(self._time), np.bool_)
         for kept, _, _ in self._kept:
             is_kept[kept] = True
@@ -191,6 +192,8 @@ class Carrier:
             parts[f"count.{spec.name}"] = [_placed(len(rows), place, counts)]
             if units is not None:
                 parts[f"units.{spec.name}"] = [_placed(len(rows), place, units)]
+        order = _by_values(self._time[rows], [columns[0] for columns in parts.values()])
+        parts = {name: [columns[0][order]] for name, columns in parts.items()}
         for totals in self._totals:
             size = len(totals["@user_row"])
             for name, columns in parts.items():
@@ -204,6 +207,17 @@ def _grouped(user: np.ndarray, item: np.ndarray) -> np.ndarray:
     if (int(user.max(initial=0)) + 1) * width < 2**63:
         return np.argsort(user * width + item)
     return np.lexsort((item, user))
+
+
+def _by_values(time: np.ndarray, columns: Sequence[np.ndarray]) -> np.ndarray:
+    """Positions that sort rows by time, those of one time by all columns: the order of the log decides nothing."""
+    order = stable_order(time)
+    same = np.diff(time[order]) == 0
+    tied = np.flatnonzero(np.append(same, False) | np.insert(same, 0, False)) if len(time) else np.empty(0, np.int64)
+    if len(tied):
+        rows = order[tied]
+        order[tied] = rows[stable_order(time[rows], *(column[rows] for column in columns))]
+    return order
 
 
 def _placed(size: int, place: np.ndarray, values: np.ndarray) -> np.ndarray:
