@@ -382,7 +382,7 @@ class Trainer:
         with _stop_signals() as stop:
             while not self._progress.is_done:
                 self._train_epoch(stop)
-                self._end_epoch()
+                self._end_epoch(stop)
                 if any(self._agreed(stop.is_set)) and not self._progress.is_done:
                     self._stop(stop)
         self._finish()
@@ -534,9 +534,10 @@ class Trainer:
 
     # Epochs
 
-    def _end_epoch(self) -> None:
+    def _end_epoch(self, stop: _StopSignals) -> None:
         progress, selection = self._progress, self._config.selection
-        metrics = evaluate(self._predict("validation"))
+        metrics = evaluate(self._predict("validation", stop))
+        teacher = self._teacher_metrics("validation", stop) if self._has_teacher else None
         value = self._criterion.value(plain(metrics))
         if value is None:
             raise DataError(
@@ -576,8 +577,8 @@ class Trainer:
         if self._objective.balance is not None:
             names = [task.name for task in self._schema.tasks]
             line["task_balance"] = dict(zip(names, self._objective.balance.current.tolist(), strict=True))
-        if self._has_teacher:
-            line["teacher_validation"] = plain(self._teacher_metrics("validation"))
+        if teacher is not None:
+            line["teacher_validation"] = plain(teacher)
         self._write_metrics(line)
         self._save()
         self._tell(train_loss, metrics, value, is_best=is_best)
@@ -596,11 +597,20 @@ class Trainer:
             + (" (best)" if is_best else "")
         )
 
-    def _teacher_metrics(self, split: str) -> dict[str, Metrics]:
+    def _teacher_metrics(self, split: str, stop: _StopSignals | None = None) -> dict[str, Metrics]:
         with scoring_teacher(self._model):
-            return evaluate(self._predict(split))
+            return evaluate(self._predict(split, stop))
 
-    def _predict(self, split: str) -> Predictions:
+    def _predict(self, split: str, stop: _StopSignals | None = None) -> Predictions:
+        """Scores a split. If the process is told to stop, it does so between batches, with the epoch's steps saved."""
+
+        def advance(num_rows: int) -> None:
+            self._display.advance(num_rows)
+            # Several processes stop together, once all have scored.
+            if stop is not None and stop.is_set and self._strategy.world == 1:
+                self._save()
+                self._stop(stop)
+
         self._display.start(f"scoring {split}", self._training_set.split(split).num_rows)
         return predict(
             self._model,
@@ -609,7 +619,7 @@ class Trainer:
             self._config.evaluation_batch_size,
             history_length=self._config.history_length,
             strategy=self._strategy,
-            advance=self._display.advance,
+            advance=advance,
         )
 
     def _finish(self) -> None:

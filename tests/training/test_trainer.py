@@ -6,7 +6,7 @@ import logging
 import os
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from math import nan
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,6 +29,7 @@ from tests.training_sets import build_synthetic
 from training.baselines import item_popularity
 from training.checkpoint import CheckpointStore, checkpoint_name
 from training.console import TrainingDisplay
+from training.data import BatchLoader, LoadedBatch
 from training.evaluate import evaluate, plain, predict
 from training.experiment import Criterion, ExperimentConfig, check_tasks
 from training.run import RunFolder, TrainedRun
@@ -335,6 +336,38 @@ def test_a_signal_stops_at_a_checkpoint_and_training_goes_on_from_it(
     assert CheckpointStore(run_dir / "b" / "checkpoints").latest == "step-000000000010"
     train(make_experiment(), schema(), run_dir / "b", progress=False)
     train(make_experiment(), schema(), run_dir / "a", progress=False)
+    same_checkpoints(run_dir / "a", run_dir / "b")
+
+
+def test_a_signal_stops_the_scoring_of_an_epoch_and_its_steps_are_kept(
+    make_experiment: MakeExperiment, run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps, scored = [0], [0]
+
+    def counted(self: Trainer, loaded: Any, original: Any = Trainer._step) -> None:
+        steps[0] += 1
+        original(self, loaded)
+
+    def signalled(self: BatchLoader, original: Any = BatchLoader.__iter__) -> Iterator[LoadedBatch]:
+        for loaded in original(self):
+            if self.split == "validation":
+                scored[0] += 1
+                if scored[0] == 2:
+                    os.kill(os.getpid(), signal.SIGTERM)
+            yield loaded
+
+    with monkeypatch.context() as patch:
+        patch.setattr(BatchLoader, "__iter__", signalled)
+        with pytest.raises(SystemExit):
+            train(make_experiment(evaluation_batch_size=8), schema(), run_dir / "b", progress=False)
+    assert scored[0] == 2, "the rest of the split is not scored"
+    train(make_experiment(), schema(), run_dir / "a", progress=False)
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_step", counted)
+        train(make_experiment(), schema(), run_dir / "b", progress=False)
+    assert steps[0] == int(str(CheckpointStore(run_dir / "b" / "checkpoints").latest)[5:]) / 2, (
+        "two epochs, one is kept"
+    )
     same_checkpoints(run_dir / "a", run_dir / "b")
 
 
