@@ -1,9 +1,10 @@
 """SUAN and LightSUAN against the length of the history: one request, all its candidates in one pass.
 
-Dense attention of events to events grows with the square of the length, the sparse one nearly with the length. Timed is
-the network alone, eager, in one thread: both models on the same vectors, in turn; the median counts. It is the thread's
-processor time, which other processes on the machine disturb less than the clock on the wall. What one candidate costs
-beside the history is the difference between many candidates and one.
+Dense attention of events to events grows with the square of the length, the sparse one nearly with the length. Timed
+is the network alone, eager, in one thread: LightSUAN, SUAN of as many layers, and SUAN of one more (the next grade), on
+the same vectors, in turn; the median counts. It is the thread's processor time, which other processes on the machine
+disturb less than the clock on the wall. What one candidate costs beside the history is the difference between many
+candidates and one.
 """
 
 from __future__ import annotations
@@ -46,12 +47,14 @@ def run(
         repeats: timed in turn.
 
     Returns:
-        Milliseconds of the thread by model and length, of many candidates and of one, and the ratio of the two models;
-        the machine.
+        Milliseconds of the thread by model and length, of many candidates and of one, and how often LightSUAN's go
+        into those of SUAN, and of SUAN of a layer more; the machine.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    models = {"suan": SUANConfig(), "lightsuan": LightSUANConfig(window=window, dilation=dilation)}
+    light = LightSUANConfig(window=window, dilation=dilation)
+    deeper = SUANConfig(num_layers=light.num_layers + 1)
+    models = {"suan": SUANConfig(num_layers=light.num_layers), "suan_deeper": deeper, "lightsuan": light}
     rows = []
     try:
         for length in lengths:
@@ -63,6 +66,7 @@ def run(
                 times = _times(networks, _request(length, candidates), repeats)
                 row |= {f"{name}_{label}": round(1e3 * statistics.median(t), 3) for name, t in times.items()}
             row["speedup"] = round(row["suan_ms"] / row["lightsuan_ms"], 2)
+            row["speedup_over_deeper"] = round(row["suan_deeper_ms"] / row["lightsuan_ms"], 2)
             rows.append(row)
     finally:
         torch.set_num_threads(threads)
