@@ -65,6 +65,20 @@ class Criterion:
             return f"{self.tasks[0]}.{self.metric}"
         return f"mean {self.metric} of {', '.join(self.tasks)}"
 
+    @property
+    def higher_is_better(self) -> bool:
+        """Direction of the metric."""
+        return HIGHER_IS_BETTER[self.metric]
+
+    @property
+    def best_possible(self) -> float:
+        """What the metric can be at best: 1 where higher is better, else 0."""
+        return 1.0 if self.higher_is_better else 0.0
+
+    def is_better(self, value: float, other: float) -> bool:
+        """Whether one value is better than another, and not as good."""
+        return value > other if self.higher_is_better else value < other
+
     def value(self, metrics: Mapping[str, Mapping[str, Any]]) -> float | None:
         """The value in the metrics of every task; None where one of them is not defined."""
         values = [metrics[task][self.metric] for task in self.tasks]

@@ -3,7 +3,7 @@ r"""Scaling studies: the same experiment at many sizes, one pass over the data e
 An *axis* is one setting of the experiment with its values, such as ``model.num_layers`` or ``training.data_fraction``.
 Every axis is varied alone around the experiment as given, or all in a full grid. Each size is trained with several
 seeds. What a size costs is counted, not timed: parameters outside tables, training rows, and floating-point operations
-of the network.
+of the network. Which of two sizes is better is as the experiment's selection has it: the higher AUC, the lower logloss.
 
 A study is resumable: each trial is a run folder of its own, finished ones are kept, interrupted ones go on.
 
@@ -19,7 +19,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -28,11 +28,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from recsys.batch import Batch
 from recsys.errors import ConfigError, DataError
 from recsys.files import write_json
-from recsys.models import build_model
+from recsys.models import RankingModel, build_model
+from recsys.schema import Schema
 from recsys.training_set import TrainingSet
 from training.data import BatchLoader
-from training.experiment import ExperimentConfig, load_experiment
-from training.power_law import PowerLaw, fit_power_law
+from training.distill import OnlineDistillationConfig
+from training.experiment import Criterion, ExperimentConfig, load_experiment
+from training.power_law import MIN_POINTS, PowerLaw, fit_power_law
 from training.trainer import open_training_set, train
 
 FRACTION, LENGTH = "training.data_fraction", "training.history_length"
@@ -104,8 +106,7 @@ class Trial:
 
 def trials_of(axes: Sequence[Axis], seeds: Sequence[int], out: Path, *, grid: bool) -> list[Trial]:
     """Every trial of a study, the experiment as given among them unless all is a grid."""
-    ends = [axis.key.rpartition(".")[2] for axis in axes]
-    names = {a.key: end if ends.count(end) == 1 else a.key for a, end in zip(axes, ends, strict=True)}
+    names = short_names([axis.key for axis in axes])
     if grid:
         keys = [axis.key for axis in axes]
         sizes = [dict(zip(keys, values, strict=True)) for values in itertools.product(*(a.values for a in axes))]
@@ -120,6 +121,17 @@ def trials_of(axes: Sequence[Axis], seeds: Sequence[int], out: Path, *, grid: bo
         for size in sizes
         for seed in seeds
     ]
+
+
+def short_names(keys: Sequence[str]) -> dict[str, str]:
+    """The last part of each setting's key; the whole key where several end alike.
+
+    Example:
+        >>> short_names(["model.num_layers", "model.lr", "training.lr"])
+        {'model.num_layers': 'num_layers', 'model.lr': 'model.lr', 'training.lr': 'training.lr'}
+    """
+    ends = [key.rpartition(".")[2] for key in keys]
+    return {key: end if ends.count(end) == 1 else key for key, end in zip(keys, ends, strict=True)}
 
 
 def _file_name(name: str, value: str) -> str:
@@ -138,7 +150,8 @@ class Outcome:
         history_length: events read of the longest history.
         rows: training rows.
         flops_per_row: of the network's matrix products, forward, for one row of the study's example batch.
-        training_flops: three times that, for all rows: backward costs twice forward.
+        training_flops: three times that, for all rows: backward costs twice forward; with those of a teacher that is
+            trained along.
         train_s: seconds in training steps.
     """
 
@@ -170,34 +183,53 @@ def run_trial(config: str | Path, overrides: Sequence[str], trial: Trial) -> dic
     value = criterion.value(result.validation)
     if value is None:
         raise DataError(f"validation {criterion} is not defined for {trial.folder}")
-    parameters, flops_per_row = cost_of(experiment, training_set)
+    cost = cost_of(experiment, training_set)
     loader = BatchLoader(
         training_set, "train", 1, seed=experiment.training.seed, fraction=experiment.training.data_fraction
     )
-    longest = max((h.max_length for h in schema.histories), default=0)
     return asdict(
         Outcome(
             settings=trial.settings,
             seed=trial.seed,
             metric=float(value),
-            parameters=parameters,
-            history_length=experiment.training.history_length or longest,
+            parameters=cost.parameters,
+            history_length=_history_length(experiment, schema),
             rows=loader.num_rows,
-            flops_per_row=flops_per_row,
-            training_flops=3.0 * flops_per_row * loader.num_rows,
+            flops_per_row=cost.flops_per_row,
+            training_flops=3.0 * cost.trained_flops_per_row * loader.num_rows,
             train_s=result.train_s,
         )
     )
 
 
-def cost_of(experiment: ExperimentConfig, training_set: TrainingSet) -> tuple[int, float]:
-    """Parameters outside tables, and floating-point operations a row of the network's matrix products.
+def _history_length(experiment: ExperimentConfig, schema: Schema) -> int:
+    """Events read of the longest history."""
+    return experiment.training.history_length or max((h.max_length for h in schema.histories), default=0)
 
-    Counted on the first rows of the validation split, a thousand requests at most: attention costs what their
-    histories are long.
+
+class Cost(NamedTuple):
+    """What an experiment's network costs.
+
+    Attributes:
+        parameters: outside tables, of what is exported.
+        flops_per_row: floating-point operations a row of its matrix products, forward.
+        trained_flops_per_row: the same of all that training runs forward and backward: with the teacher's, where it is
+            trained along (online distillation). The logits of a frozen teacher are computed once for all trials and
+            looked up after that; they are not counted.
     """
-    schema = training_set.schema
-    model = build_model(experiment.model, schema, training_set.encoder.table_sizes).eval()
+
+    parameters: int
+    flops_per_row: float
+    trained_flops_per_row: float
+
+
+def cost_of(experiment: ExperimentConfig, training_set: TrainingSet) -> Cost:
+    """Counts what an experiment costs.
+
+    Operations are counted on the first rows of the validation split, a thousand requests at most: attention costs what
+    their histories are long.
+    """
+    schema, sizes = training_set.schema, training_set.encoder.table_sizes
     part = training_set.split("validation")
     batch = Batch.from_training_set(
         training_set,
@@ -205,12 +237,40 @@ def cost_of(experiment: ExperimentConfig, training_set: TrainingSet) -> tuple[in
         slice(0, min(part.num_requests, 1000)),
         max_length=experiment.training.history_length,
     )
+    model = build_model(experiment.model, schema, sizes)
+    flops = trained = _flops_per_row(model, batch)
+    if isinstance(experiment.distillation, OnlineDistillationConfig):
+        trained += _flops_per_row(build_model(experiment.distillation.teacher, schema, sizes), batch)
+    return Cost(_num_parameters(model), flops, trained)
+
+
+def _num_parameters(model: RankingModel) -> int:
+    return sum(p.numel() for p in model.network.parameters())
+
+
+def _attention_flops(query: tuple[int, ...], key: tuple[int, ...], value: tuple[int, ...], *_: Any, **__: Any) -> int:
+    """Scores and weighted sums: ``2 R H L S (d + e)`` of (R, H, L, d), (R, H, S, d) and (R, H, S, e)."""
+    return 2 * math.prod(query[:3]) * key[2] * (query[3] + value[3])
+
+
+def _vector_flops(matrix: tuple[int, ...], *_: Any, **__: Any) -> int:
+    return 2 * math.prod(matrix)
+
+
+_UNKNOWN_TO_THE_COUNTER = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
+    torch.ops.aten.mv: _vector_flops,
+}
+"""Products that torch's counter would count as 0: the fused form of attention on a CPU, a matrix by a vector."""
+
+
+def _flops_per_row(model: RankingModel, batch: Batch) -> float:
+    model.eval()
     with torch.no_grad():
         embedded = model.lookup(batch)
-        with FlopCounterMode(display=False) as counter:
+        with FlopCounterMode(display=False, custom_mapping=_UNKNOWN_TO_THE_COUNTER) as counter:
             model.network(embedded)
-    parameters = sum(p.numel() for p in model.network.parameters())
-    return parameters, counter.get_total_flops() / max(batch.num_rows, 1)
+    return counter.get_total_flops() / max(batch.num_rows, 1)
 
 
 @dataclass(frozen=True)
@@ -266,26 +326,36 @@ def sizes_of(outcomes: Sequence[Outcome]) -> list[Size]:
     ]
 
 
-def curves_of(axes: Sequence[Axis], outcomes: Sequence[Outcome]) -> list[Curve]:
+def curves_of(axes: Sequence[Axis], outcomes: Sequence[Outcome], criterion: Criterion) -> list[Curve]:
     """One curve an axis, over the sizes that differ from the experiment in no other; then the frontier.
 
-    The frontier holds the sizes that no cheaper one beats in the mean over seeds.
+    The frontier holds the sizes that no cheaper one is as good as, in the mean over seeds.
+
+    Args:
+        criterion: what the outcomes are measured by.
     """
     curves = []
     for axis in axes:
         name, cost = _cost_of_axis(axis)
-        points = [o for o in outcomes if set(o.settings) <= {axis.key}]
-        if len(points) < 2:  # a full grid: the other axes at their first value
-            first = {a.key: a.values[0] for a in axes if a.key != axis.key}
-            points = [o for o in outcomes if all(o.settings.get(k) == v for k, v in first.items())]
-        curves.append(_curve(axis.key, name, [cost(o) for o in points], [o.metric for o in points]))
+        points = [outcomes[place] for place in _along(axis, axes, [o.settings for o in outcomes])]
+        curves.append(_curve(axis.key, name, [cost(o) for o in points], [o.metric for o in points], criterion))
     best: list[Size] = []
-    for size in sorted(sizes_of(outcomes), key=lambda s: (s.outcomes[0].training_flops, -s.mean)):
-        if not best or size.mean > best[-1].mean:
+    sign = -1 if criterion.higher_is_better else 1
+    for size in sorted(sizes_of(outcomes), key=lambda s: (s.outcomes[0].training_flops, sign * s.mean)):
+        if not best or criterion.is_better(size.mean, best[-1].mean):
             best.append(size)
     frontier = [o for size in best for o in size.outcomes]
-    flops = [o.training_flops for o in frontier]
-    return [*curves, _curve("training_flops", "training FLOPs, best sizes", flops, [o.metric for o in frontier])]
+    flops, values = [o.training_flops for o in frontier], [o.metric for o in frontier]
+    return [*curves, _curve("training_flops", "training FLOPs, best sizes", flops, values, criterion)]
+
+
+def _along(axis: Axis, axes: Sequence[Axis], sizes: Sequence[dict[str, str]]) -> list[int]:
+    """Places of the sizes that differ in no other axis from the experiment, or from the first values of a grid."""
+    alone = [place for place, size in enumerate(sizes) if set(size) <= {axis.key}]
+    if len(alone) >= 2:
+        return alone
+    first = {a.key: a.values[0] for a in axes if a.key != axis.key}
+    return [place for place, size in enumerate(sizes) if all(size.get(k) == v for k, v in first.items())]
 
 
 def _cost_of_axis(axis: Axis) -> tuple[str, Callable[[Outcome], float]]:
@@ -296,11 +366,14 @@ def _cost_of_axis(axis: Axis) -> tuple[str, Callable[[Outcome], float]]:
     return "parameters outside tables", lambda o: float(o.parameters)
 
 
-def _curve(axis: str, name: str, x: list[float], y: list[float]) -> Curve:
+def _curve(axis: str, name: str, x: list[float], y: list[float], criterion: Criterion) -> Curve:
     try:
-        return Curve(axis, name, tuple(x), tuple(y), fit_power_law(np.array(x), np.array(y)))
+        law = fit_power_law(
+            np.array(x), np.array(y), bound=criterion.best_possible, is_falling=not criterion.higher_is_better
+        )
     except DataError as err:
         return Curve(axis, name, tuple(x), tuple(y), None, err.message)
+    return Curve(axis, name, tuple(x), tuple(y), law)
 
 
 @dataclass(frozen=True)
@@ -312,7 +385,8 @@ class Recommendation:
         settings: of the size; None if none reaches it.
         mean: its metric.
         flops_per_row: what it costs to score a row.
-        needed: for each axis whose curve reaches the target, the x where it does; it may lie beyond all sizes tried.
+        needed: for each axis whose curve reaches the target, the x where it does, within what was tried or beyond; no
+            curve that is not identified is asked.
     """
 
     target: float
@@ -322,9 +396,11 @@ class Recommendation:
     needed: dict[str, float]
 
 
-def recommend(target: float, outcomes: Sequence[Outcome], curves: Sequence[Curve]) -> Recommendation:
-    """The size that scores a row with the fewest operations among those whose mean reaches the target."""
-    good = [size for size in sizes_of(outcomes) if size.mean >= target]
+def recommend(
+    target: float, outcomes: Sequence[Outcome], curves: Sequence[Curve], criterion: Criterion
+) -> Recommendation:
+    """The size that scores a row with the fewest operations among those whose mean is the target or better."""
+    good = [size for size in sizes_of(outcomes) if not criterion.is_better(target, size.mean)]
     chosen = min(good, key=lambda s: (s.outcomes[0].flops_per_row, s.outcomes[0].training_flops), default=None)
     needed = {c.axis: x for c in curves if c.law is not None and (x := c.law.needed(target)) is not None}
     if chosen is None:
@@ -339,6 +415,7 @@ class Study:
     Attributes:
         name: of the experiment.
         metric: ``task.metric``, on the validation split.
+        higher_is_better: direction of the metric.
         outcomes: one a trial.
         curves: one an axis, and the frontier.
         recommendation: None where no target was given.
@@ -346,6 +423,7 @@ class Study:
 
     name: str
     metric: str
+    higher_is_better: bool
     outcomes: tuple[Outcome, ...]
     curves: tuple[Curve, ...]
     recommendation: Recommendation | None
@@ -374,6 +452,7 @@ def run_study(
     workers: int = 1,
     overrides: Sequence[str] = (),
     advance: Callable[[int, int], None] = lambda _, __: None,
+    warn: Callable[[str], None] = lambda _: None,
 ) -> Study:
     """Runs a study, or goes on with one, and writes ``study.json`` and ``study.html`` into its folder.
 
@@ -383,10 +462,11 @@ def run_study(
         out: the study's folder.
         seeds: seeds a size, from the experiment's own on.
         grid: all combinations instead of one axis at a time.
-        target: of the metric, to recommend a size for.
+        target: of the metric, at least or (where lower is better) at most, to recommend a size for.
         workers: trials at a time; above 1 they run under Ray Tune.
         overrides: ``a.b=c`` each, for all trials.
         advance: called with trials done, and of how many.
+        warn: told, before any training, of each axis that has too few different x for a power law.
 
     Raises:
         ConfigError: an axis or an override does not fit the experiment.
@@ -397,15 +477,27 @@ def run_study(
     out = Path(out)
     experiment, schema = load_experiment(config, overrides)
     first = experiment.training.seed
-    trials = {}
+    trials: dict[str, Trial] = {}
+    planned: dict[str, ExperimentConfig] = {}
     for trial in trials_of(axes, range(first, first + seeds), out, grid=grid):
         # A value that does not fit is told before hours of training; one that is the experiment's own is trained once.
         sized, _ = load_experiment(config, [*overrides, *trial.overrides])
-        trials.setdefault(sized.model_dump_json(), trial)
+        same = as_read(sized, schema).model_dump_json()
+        trials.setdefault(same, trial)
+        planned.setdefault(same, sized)
     for axis in axes:
         if axis.key == LENGTH and not schema.histories:
             raise ConfigError(f"{config}: {LENGTH} must not be an axis of a schema without histories")
-    open_training_set(experiment, schema)
+    training_set = open_training_set(experiment, schema)
+    for axis in axes:
+        places = _along(axis, axes, [trial.settings for trial in trials.values()])
+        sizes = [list(planned.values())[place] for place in places]
+        if (number := _num_x(axis, sizes, training_set)) < MIN_POINTS:
+            name, _ = _cost_of_axis(axis)
+            warn(
+                f"{axis.key}: its sizes have {number} different {name}, and a power law takes {MIN_POINTS}: "
+                "they will be compared, and no law fitted to them"
+            )
     if workers > 1:
         from training.tune import run_trials
 
@@ -419,15 +511,34 @@ def run_study(
             results.append(run_trial(config, overrides, trial))
         advance(len(trials), len(trials))
     outcomes = tuple(Outcome(**result) for result in results)
-    curves = tuple(curves_of(axes, outcomes))
-    metric = str(experiment.criterion(schema))
+    criterion = experiment.criterion(schema)
+    curves = tuple(curves_of(axes, outcomes, criterion))
     study = Study(
         experiment.name,
-        metric,
+        str(criterion),
+        criterion.higher_is_better,
         outcomes,
         curves,
-        None if target is None else recommend(target, outcomes, curves),
+        None if target is None else recommend(target, outcomes, curves, criterion),
     )
     write_json(out / "study.json", study.to_json())
     write_study_report(study, out / "study.html")
     return study
+
+
+def as_read(experiment: ExperimentConfig, schema: Schema) -> ExperimentConfig:
+    """The experiment without a ``training.history_length`` that is what every history has anyway."""
+    if {history.max_length for history in schema.histories} != {experiment.training.history_length}:
+        return experiment
+    return experiment.model_copy(update={"training": experiment.training.model_copy(update={"history_length": None})})
+
+
+def _num_x(axis: Axis, sizes: Sequence[ExperimentConfig], training_set: TrainingSet) -> int:
+    """How many different x the curve of an axis will have."""
+    if axis.key == FRACTION:
+        return len({size.training.data_fraction for size in sizes})
+    if axis.key == LENGTH:
+        return len({_history_length(size, training_set.schema) for size in sizes})
+    models = {size.model.model_dump_json(): size.model for size in sizes}
+    smallest = dict.fromkeys(training_set.encoder.table_sizes, 2)  # a network does not depend on how long tables are
+    return len({_num_parameters(build_model(model, training_set.schema, smallest)) for model in models.values()})

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from recsys.commands.options import ExperimentArgument, Json, Overrides
+
+if TYPE_CHECKING:
+    from training.scaling import Curve
 
 
 def scale(
@@ -24,7 +27,7 @@ def scale(
         bool, typer.Option("--grid/--one-at-a-time", help="All combinations, or each setting varied alone.")
     ] = False,
     target: Annotated[
-        float | None, typer.Option(help="Recommend the cheapest size whose validation metric reaches this.")
+        float | None, typer.Option(help="Recommend the cheapest size whose validation metric is this or better.")
     ] = None,
     workers: Annotated[int, typer.Option(min=1, help="Trials at a time; above 1 they run under Ray Tune.")] = 1,
     overrides: Overrides = [],  # noqa: B006 - Typer copies it
@@ -33,19 +36,20 @@ def scale(
     """Study how a model scales: one epoch at each size, power laws with intervals, a plot, a recommendation.
 
     The training set must be built. Sizes are judged on the validation split. Run the same command again to go on with
-    an interrupted study: finished trials are kept.
+    an interrupted study: finished trials are kept. A power law takes four different sizes of a setting, the experiment
+    as given among them.
 
     \b
     Example:
-        recsys scale configs/experiment/suan_simulated.yaml --vary model.num_layers=1,2,4 \\
+        recsys scale configs/experiment/suan_simulated.yaml --vary model.num_layers=1,2,3,4 \\
             --vary training.data_fraction=0.01,0.03,0.1,0.3,1 --vary training.history_length=5,10,20,50 \\
             --seeds 3 --target 0.74 --workers 2
     """  # noqa: D301
-    from recsys.commands.terminal import counting, print_facts, print_json, print_table, stage
+    from recsys.commands.terminal import counting, messages, print_facts, print_json, print_table, stage
     from training.console import quiet_libraries
     from training.experiment import load_experiment
-    from training.scaling import Axis, run_study
-    from training.scaling_report import described, study_sizes
+    from training.scaling import Axis, run_study, short_names
+    from training.scaling_report import described, doubts, formula, needs, study_sizes
 
     quiet_libraries()
     axes = [Axis.parse(text) for text in vary]
@@ -61,32 +65,32 @@ def scale(
             workers=workers,
             overrides=overrides,
             advance=counting(tell, "trials"),
+            warn=lambda words: messages().print(words, markup=False, soft_wrap=True),
         )
     if as_json:
         print_json(study.to_json() | {"folder": str(folder)})
         return
-    heads = ("size", study.metric, "sd", "seeds", "parameters", "history", "rows", "FLOPs/row", "train s")
-    print_table(f"{study.name}: validation {study.metric} after one epoch", heads, study_sizes(study))
-    laws = [
-        (
-            c.axis,
-            *(
-                ("not fitted", "", "", "", "")
-                if c.law is None
-                else (
-                    c.x_name,
-                    c.law.limit.value,
-                    c.law.exponent.value,
-                    f"[{c.law.exponent.low:.3g}, {c.law.exponent.high:.3g}]",
-                    c.law.r2,
-                )
-            ),
-        )
-        for c in study.curves
-    ]
-    print_table("power laws, y = A - c x^-gamma", ("axis", "x", "A", "gamma", "95 %", "R2"), laws)
+    title = f"{study.name}: validation {study.metric} after one epoch, {seeds} seed{'s' * (seeds > 1)} a size"
+    heads = ("size", "mean", "sd", "params", "history", "rows", "FLOPs/row", "train s")
+    print_table(title, heads, [(*row[:3], *row[4:]) for row in study_sizes(study)])
+    axis = short_names([curve.axis for curve in study.curves])
+    laws = [(axis[curve.axis], *_law_row(curve)) for curve in study.curves]
+    print_table(f"power laws, {formula(study)}", ("axis", "x", "A", "gamma", "95 %", "R2"), laws)
+    print_facts("", doubts(study))
     facts = {"report": str(folder / "study.html"), "figures": str(folder / "study.json")}
     if study.recommendation is not None:
         chosen = study.recommendation.settings
         facts["cheapest for the target"] = "none of these sizes" if chosen is None else described(chosen)
+        if chosen is None:
+            facts |= {f"by the curve of {key}": words for key, words in needs(study).items()}
     print_facts("", facts)
+
+
+def _law_row(curve: Curve) -> tuple[Any, ...]:
+    law = curve.law
+    if law is None:
+        return (curve.x_name, "not fitted", None, None, None)
+    if law.not_identified is not None:
+        return (curve.x_name, "not identified", None, None, law.r2)
+    interval = f"[{law.exponent.low:.3g}, {law.exponent.high:.3g}]"
+    return (curve.x_name, law.limit.value, law.exponent.value, interval, law.r2)

@@ -9,14 +9,40 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
+from feature_store.build import DataConfig, build_training_set
+from recsys.batch import Batch
+from recsys.config import validate
 from recsys.errors import ConfigError
+from recsys.models import build_model
+from recsys.models.suan import SUANConfig
+from recsys.schema import Schema
 from recsys.training_set import TrainingSet
+from tests.synthetic import SCHEMA, SPLIT, write_views
 from tests.training.conftest import MakeExperiment
 from training.data import BatchLoader, ShuffleConfig, ordered_requests, sampled
-from training.scaling import FRACTION, LENGTH, Axis, Outcome, cost_of, curves_of, recommend, run_study, trials_of
+from training.distill import OnlineDistillationConfig
+from training.experiment import Criterion
+from training.scaling import (
+    FRACTION,
+    LENGTH,
+    Axis,
+    Outcome,
+    Study,
+    as_read,
+    cost_of,
+    curves_of,
+    recommend,
+    run_study,
+    trials_of,
+)
+from training.scaling_report import doubts, needs, render_study, study_sizes
 
+AUC, LOGLOSS = Criterion("auc", ("click",)), Criterion("logloss", ("click",))
 BASE = Outcome({}, 1, 0.7, 1000, 50, 10_000, 2000.0, 6e7, 1.0)
 
 
@@ -87,12 +113,48 @@ def test_a_part_of_the_data_is_the_same_in_every_epoch(training_set: TrainingSet
 
 
 def test_what_a_size_costs(training_set: TrainingSet, make_experiment: MakeExperiment) -> None:
-    parameters, flops = cost_of(make_experiment(), training_set)
-    more_parameters, more_flops = cost_of(make_experiment(model={"hidden": [64]}), training_set)
-    assert more_parameters > parameters
-    assert more_flops > flops
-    _, short = cost_of(make_experiment(history_length=1), training_set)
-    assert short < flops
+    cost = cost_of(make_experiment(), training_set)
+    more = cost_of(make_experiment(model={"hidden": [64]}), training_set)
+    assert more.parameters > cost.parameters
+    assert more.flops_per_row > cost.flops_per_row
+    assert cost.trained_flops_per_row == cost.flops_per_row
+    assert cost_of(make_experiment(history_length=1), training_set).flops_per_row < cost.flops_per_row
+
+
+def test_a_teacher_that_is_trained_along_is_part_of_what_training_costs(
+    training_set: TrainingSet, make_experiment: MakeExperiment
+) -> None:
+    student, teacher = make_experiment(), make_experiment(model={"hidden": [64]})
+    taught = student.model_copy(update={"distillation": OnlineDistillationConfig(teacher=teacher.model)})
+    alone, large, both = (cost_of(experiment, training_set) for experiment in (student, teacher, taught))
+    assert both.trained_flops_per_row == alone.flops_per_row + large.flops_per_row
+    assert (both.parameters, both.flops_per_row) == (alone.parameters, alone.flops_per_row), "the student is scored"
+
+
+def test_the_attention_of_a_long_history_is_counted(tmp_path: Path, make_experiment: MakeExperiment) -> None:
+    """As many operations as the unfused form of attention has: scores and weighted sums of 200 x 200 pairs."""
+    spec = {**SCHEMA, "histories": [{"name": "seen", "max_length": 200, "attributes": ["item_id"]}]}
+    write_views(tmp_path / "views", num_users=10, num_events=5000, num_requests=60)
+    data = {"views": str(tmp_path / "views"), "training_set": str(tmp_path / "set"), "split": SPLIT}
+    build_training_set(validate(Schema, spec, source="long"), validate(DataConfig, data, source="long"))
+    long = TrainingSet.open(tmp_path / "set")
+    config = SUANConfig(embedding_dim=8, num_layers=2, hidden=(8,))
+    experiment = make_experiment().model_copy(update={"model": config})
+
+    model, part = build_model(config, long.schema, long.encoder.table_sizes).eval(), long.split("validation")
+    with torch.no_grad():
+        embedded = model.lookup(Batch.from_training_set(long, "validation", slice(None)))
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as unfused:
+            model.network(embedded)
+        with FlopCounterMode(display=False) as without:
+            model.network(embedded)
+    events, tokens, length = part.num_requests, 4, embedded.histories["seen"].times.shape[1]
+    assert length == 200
+    # Two layers, 8 wide, multiplied and added: of events with events, and with the profile's tokens.
+    attention = 2 * 2 * 2 * 8 * events * length * (length + tokens)
+    counted = cost_of(experiment, long).flops_per_row * part.num_rows
+    assert round(counted) == unfused.get_total_flops() == without.get_total_flops() + attention
+    assert attention > 0.5 * counted
 
 
 def outcomes(key: str, values: list[float], costs: list[float]) -> list[Outcome]:
@@ -108,12 +170,12 @@ def test_curves_and_the_frontier() -> None:
     costs = [1e3, 1e4, 1e5, 1e6, 1e7]
     of_model = outcomes("model.a", [0.75 - 3 * c**-0.4 for c in costs], costs)
     worse = outcomes("model.b", [0.5] * 5, costs)
-    curves = curves_of([Axis("model.a", ("1", "2")), Axis("model.b", ("1", "2"))], [*of_model, *worse])
+    curves = curves_of([Axis("model.a", ("1", "2")), Axis("model.b", ("1", "2"))], [*of_model, *worse], AUC)
     assert [c.axis for c in curves] == ["model.a", "model.b", "training_flops"]
     assert curves[0].law is not None
     assert round(curves[0].law.exponent.value, 4) == 0.4
     assert curves[2].y == curves[0].y, "what a cheaper size beats is not on the frontier"
-    few = curves_of([Axis("model.a", ("1", "2"))], of_model[:3])
+    few = curves_of([Axis("model.a", ("1", "2"))], of_model[:3], AUC)
     assert few[0].law is None
     assert "at least 4 different x" in str(few[0].note)
 
@@ -121,10 +183,64 @@ def test_curves_and_the_frontier() -> None:
 def test_the_cheapest_size_for_a_target() -> None:
     costs = [1e3, 1e4, 1e5, 1e6]
     found = outcomes("model.a", [0.60, 0.70, 0.74, 0.745], costs)
-    curves = curves_of([Axis("model.a", ("1", "2"))], found)
-    assert recommend(0.7, found, curves).settings == {"model.a": "10000.0"}
-    none = recommend(0.76, found, curves)
+    curves = curves_of([Axis("model.a", ("1", "2"))], found, AUC)
+    assert recommend(0.7, found, curves, AUC).settings == {"model.a": "10000.0"}
+    none = recommend(0.76, found, curves, AUC)
     assert none.settings is None
+
+
+def test_where_lower_is_better_everything_is_mirrored() -> None:
+    costs = [1e3, 1e4, 1e5, 1e6, 1e7]
+    of_model = outcomes("model.a", [0.25 + 3 * c**-0.4 for c in costs], costs)
+    worse = outcomes("model.b", [0.5] * 5, [10 * c for c in costs])
+    curves = curves_of([Axis("model.a", ("1", "2")), Axis("model.b", ("1", "2"))], [*of_model, *worse], LOGLOSS)
+    law = curves[0].law
+    assert law is not None
+    assert (round(law.limit.value, 4), round(law.exponent.value, 4), law.is_falling) == (0.25, 0.4, True)
+    assert curves[2].y == curves[0].y, "what a cheaper size beats is not on the frontier"
+    assert recommend(0.3, of_model, curves, LOGLOSS).settings == {"model.a": "100000.0"}
+    none = recommend(0.251, of_model, curves, LOGLOSS)
+    assert none.settings is None
+    assert round(none.needed["model.a"] / (3 / 0.001) ** 2.5, 2) == 1.0
+    assert recommend(0.24, of_model, curves, LOGLOSS).needed == {}
+
+
+def study_of(found: list[Outcome], target: float) -> Study:
+    axes = [Axis(key, ("1", "2")) for key in dict.fromkeys(key for o in found for key in o.settings)]
+    curves = curves_of(axes, found, AUC)
+    return Study("tiny", "click.auc", True, tuple(found), tuple(curves), recommend(target, found, curves, AUC))
+
+
+def test_the_report_says_whether_what_is_needed_was_tried() -> None:
+    costs = [1e3, 1e4, 1e5, 1e6, 1e7]
+    values = [0.75 - 3 * c**-0.4 for c in costs]
+    found = study_of(outcomes("model.a", values, costs), 0.7499)
+    assert needs(found)["model.a"] == "1.56e+11 parameters outside tables, beyond the 1e+03 to 1e+07 tried"
+    assert "beyond the 1e+03 to 1e+07 tried" in render_study(found)
+    # The largest size is a little below the curve: what it takes is as large, or smaller.
+    within = study_of(outcomes("model.a", [*values[:4], values[4] - 0.0006], costs), 0.7446)
+    assert "parameters outside tables, within the 1e+03 to 1e+07 tried" in needs(within)["model.a"]
+    assert "beyond" not in render_study(within)
+
+
+def test_a_law_that_is_not_identified_is_called_so() -> None:
+    rows = [1e4, 3e4, 1e5, 3e5, 1e6]
+    found = study_of(outcomes("model.a", [0.5504, 0.615, 0.662, 0.719, 0.7579], rows), 0.76)
+    assert found.recommendation is not None
+    assert found.recommendation.needed == {}
+    assert doubts(found)["model.a"].startswith("not identified: A ends at its bound 1")
+    page = render_study(found)
+    assert "not identified: A ends at its bound 1" in page
+    assert "No size reaches a click.auc of 0.7600.<" in page
+    few = study_of(outcomes("model.a", [0.55, 0.6, 0.65], rows[:3]), 0.76)
+    assert "at least 4 different x, got 3" in doubts(few)["model.a"]
+
+
+def test_sizes_are_named_by_the_last_part_of_a_setting_where_that_will_do() -> None:
+    found = study_of([*outcomes("model.num_layers", [0.6], [1e3]), *outcomes("training.lr", [0.7], [1e4])], 0.5)
+    assert [row[0] for row in study_sizes(found)] == ["num_layers = 1000.0", "lr = 10000.0"]
+    alike = study_of([*outcomes("model.lr", [0.6], [1e3]), *outcomes("training.lr", [0.7], [1e4])], 0.5)
+    assert [row[0] for row in study_sizes(alike)] == ["model.lr = 1000.0", "training.lr = 10000.0"]
 
 
 def test_a_study_runs_goes_on_and_is_written(config: Path, tmp_path: Path) -> None:
@@ -156,6 +272,34 @@ def test_a_value_of_the_experiment_itself_is_trained_once(config: Path, tmp_path
     study = run_study(config, [Axis.parse(f"{FRACTION}=0.1,1.0")], tmp_path / "study")
     assert [o.settings for o in study.outcomes] == [{}, {FRACTION: "0.1"}]
     assert len(study.curves[0].x) == 2
+
+
+def test_a_history_as_long_as_the_schemas_is_the_experiment_itself(
+    training_set: TrainingSet, make_experiment: MakeExperiment
+) -> None:
+    one = validate(Schema, {**SCHEMA, "histories": [h for h in SCHEMA["histories"] if h["max_length"] == 8]}, source="")
+    experiment = make_experiment()
+    assert as_read(make_experiment(history_length=8), one) == experiment
+    shorter = make_experiment(history_length=5)
+    assert as_read(shorter, one) == shorter
+    both = make_experiment(history_length=8)
+    assert as_read(both, training_set.schema) == both, "the history of 5 events is read further back"
+
+
+def test_an_axis_that_cannot_be_fitted_is_told_before_training(config: Path, tmp_path: Path) -> None:
+    told: list[str] = []
+
+    def stop(done: int, _: int) -> None:
+        raise KeyboardInterrupt
+
+    axes = ["model.hidden=[4],[16],[32]", "training.batch_size=32,64,128,256", f"{FRACTION}=0.1,0.3,1.0"]
+    axes += [f"{LENGTH}=1,2,4"]
+    with pytest.raises(KeyboardInterrupt):
+        run_study(config, [Axis.parse(a) for a in axes], tmp_path / "study", advance=stop, warn=told.append)
+    assert [words.partition(", and")[0] for words in told] == [
+        "training.batch_size: its sizes have 1 different parameters outside tables",
+        f"{FRACTION}: its sizes have 3 different training rows",
+    ]
 
 
 def test_a_value_that_does_not_fit_is_told_before_any_training(config: Path, tmp_path: Path) -> None:
