@@ -48,11 +48,17 @@ def run_trials(
         tune.report(run_trial(source, list(overrides), Trial(**settings["trial"])))
 
     class Progress(tune.Callback):
-        done = 0
+        """Tells how far the trials are. Tune pickles its callbacks, and ``advance`` may hold a terminal: not kept."""
+
+        def __init__(self, advance: Callable[[int, int], None] = lambda _, __: None) -> None:
+            self.done, self.advance = 0, advance
+
+        def __reduce__(self) -> tuple[type[Progress], tuple[()]]:
+            return Progress, ()
 
         def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:  # noqa: ARG002
             self.done += 1
-            advance(self.done, total)
+            self.advance(self.done, total)
 
     started = not ray.is_initialized()
     if started:
@@ -68,7 +74,7 @@ def run_trials(
             param_space={"trial": tune.grid_search([asdict(trial) for trial in trials])},
             tune_config=tune.TuneConfig(max_concurrent_trials=workers),
             run_config=tune.RunConfig(
-                name="study", storage_path=str(folder.absolute()), verbose=0, callbacks=[Progress()]
+                name="study", storage_path=str(folder.absolute()), verbose=0, callbacks=[Progress(advance)]
             ),
         )
         grid = tuner.fit()
