@@ -270,7 +270,7 @@ def _flops_per_row(model: RankingModel, batch: Batch) -> float:
         embedded = model.lookup(batch)
         with FlopCounterMode(display=False, custom_mapping=_UNKNOWN_TO_THE_COUNTER) as counter:
             model.network(embedded)
-    return counter.get_total_flops() / max(batch.num_rows, 1)
+    return float(counter.get_total_flops() / max(batch.num_rows, 1))
 
 
 @dataclass(frozen=True)
