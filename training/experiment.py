@@ -180,11 +180,12 @@ class ExperimentConfig(Config):
             )
         return self
 
-    def run_fingerprint(self, schema: Schema, training_set: str) -> str:
+    def run_fingerprint(self, schema: Schema, training_set: str, teacher: Mapping[str, str] | None = None) -> str:
         """sha256 of everything that decides what a run results in.
 
         Args:
             training_set: its fingerprint.
+            teacher: identity of the frozen teacher, where it is not to be read from the teacher's folder.
 
         Raises:
             ConfigError: the model is taught by a run that has not finished.
@@ -197,7 +198,7 @@ class ExperimentConfig(Config):
             "training": training,
         }
         if isinstance(self.distillation, OfflineDistillationConfig):
-            deciding["distillation"] = self.distillation.resolved()
+            deciding["distillation"] = self.distillation.resolved(teacher)
         elif self.distillation is not None:
             deciding["distillation"] = self.distillation.model_dump(mode="json")
         return fingerprint(deciding)

@@ -43,6 +43,7 @@ from training.distill import (
     OfflineDistillationConfig,
     OnlineDistillationConfig,
     build_training_model,
+    check_teacher,
     prepare,
     scoring_teacher,
 )
@@ -192,7 +193,8 @@ def train(
         The result; at once if the folder holds this very run, finished.
 
     Raises:
-        ConfigError: the folder holds another run, another process trains into it, or a setting is for one worker only.
+        ConfigError: the folder holds another run, another process trains into it, a setting is for one worker only, or
+            the model's teacher is no finished run, or one that has seen the validation or test period.
         IntegrityError: the training set is absent, damaged, or of another schema.
         CheckpointError: the checkpoint to resume from is damaged, or a new one cannot be written.
         DataError: a split is empty, or the validation split has one class only.
@@ -212,6 +214,7 @@ def train(
     if verify:
         training_set.verify_once()
     with TrainingDisplay(enabled=progress) as display, folder.locked():
+        check_teacher(experiment, training_set)
         summary = folder.begin(experiment, schema, training_set, resume=resume)
         if summary is not None:
             display.say(f"{folder.path} holds this run, finished {summary['finished_at']}: nothing to train")

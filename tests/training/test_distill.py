@@ -13,13 +13,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from feature_store.build import build_training_set
+from feature_store.time_spans import iso
 from recsys.artifact import Artifact
 from recsys.config import validate
 from recsys.errors import ConfigError, DataError, IntegrityError
 from recsys.losses import binary_cross_entropy
 from recsys.models import build_model
-from recsys.training_set import TrainingSet
-from tests.synthetic import TABLE_SIZES, random_batch, schema
+from recsys.training_set import SOURCE_ROW, TrainingSet
+from tests.synthetic import SPLIT, TABLE_SIZES, random_batch, schema
 from tests.training.conftest import MakeExperiment
 from tests.training.test_trainer import Crash, checkpoint_tensors, result_of, same_checkpoints
 from tests.training_sets import build_synthetic
@@ -39,6 +41,7 @@ from training.objective import Objective
 from training.run import TrainedRun
 from training.trainer import Trainer, train
 
+DAY = 86_400_000_000
 TEACHER = {"kind": "suan", "embedding_dim": 4, "hidden": [8], "num_layers": 1}
 STUDENT = {"kind": "lightsuan", "embedding_dim": 4, "hidden": [6], "num_layers": 1, "window": 2, "dilation": 2}
 
@@ -309,6 +312,99 @@ def test_a_teacher_of_other_impressions_is_refused(
 def test_a_teacher_that_is_no_finished_run_is_refused(make_experiment: MakeExperiment, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"distillation\.teacher must be the folder of a finished run"):
         train(offline(make_experiment, tmp_path / "none"), schema(), tmp_path / "student", progress=False)
+
+
+def taught_in(
+    training_set: TrainingSet, folder: Path, make_experiment: MakeExperiment, **split: int
+) -> tuple[ExperimentConfig, Path]:
+    """A run on the same views, split otherwise: its experiment and its folder."""
+    values = make_experiment(epochs=1).model_dump(mode="json")
+    values["data"] |= {"training_set": str(folder / "training_set"), "split": values["data"]["split"] | split}
+    experiment = validate(ExperimentConfig, values, source="teacher")
+    build_training_set(training_set.schema, experiment.data)
+    train(experiment, schema(), folder / "run", progress=False)
+    return experiment, folder / "run"
+
+
+@pytest.mark.parametrize(
+    ("end", "message"),
+    [
+        (
+            "train_end",
+            (
+                "validation and test periods, but {teacher} was trained on the time until {theirs}, "
+                "the student is trained on the time until {own}"
+            ),
+        ),
+        (
+            "validation_end",
+            (
+                "test period, but {teacher} was validated on {begin} to {theirs}, "
+                "the student is validated on {begin} to {own}"
+            ),
+        ),
+    ],
+)
+def test_a_teacher_that_has_seen_what_the_student_is_judged_by_is_refused(
+    make_experiment: MakeExperiment, training_set: TrainingSet, tmp_path: Path, end: str, message: str
+) -> None:
+    later = SPLIT[end] + DAY // 2
+    _, teacher = taught_in(training_set, tmp_path / "later", make_experiment, **{end: later})
+    times = {"begin": iso(SPLIT["train_end"]), "theirs": iso(later), "own": iso(SPLIT[end])}
+
+    def is_refused() -> None:
+        with pytest.raises(ConfigError) as caught:
+            train(offline(make_experiment, teacher), schema(), tmp_path / "student", progress=False)
+        assert caught.value.message == (
+            f"distillation.teacher must know nothing of the student's {message.format(teacher=teacher, **times)}"
+        )
+        assert f"data.split.{end} {iso(SPLIT[end])} or earlier" in (caught.value.hint or "")
+        assert not (tmp_path / "student" / "config.json").exists(), "a mended experiment may use the folder"
+
+    is_refused()
+    # A run of before that did not note the periods of its training set says them in its experiment.
+    config = json.loads((teacher / "config.json").read_text())
+    del config["training_set"]["split"]
+    (teacher / "config.json").write_text(json.dumps(config))
+    is_refused()
+
+
+def test_a_teacher_that_ended_earlier_scores_the_days_since(
+    make_experiment: MakeExperiment, training_set: TrainingSet, tmp_path: Path
+) -> None:
+    ends = {"train_end": SPLIT["train_end"] - 2 * DAY, "validation_end": SPLIT["train_end"] - DAY}
+    experiment, folder = taught_in(training_set, tmp_path / "earlier", make_experiment, **ends)
+    train(offline(make_experiment, folder), schema(), tmp_path / "student", progress=False)
+    logits, teacher = TeacherLogits.open(folder, training_set), TrainedRun.load(folder)
+    theirs = TrainingSet.open(experiment.data.training_set)
+    rows = training_set.split("train").impressions.array(SOURCE_ROW)
+    for split in ("train", "validation", "test"):
+        wanted = predict(teacher.model, theirs, split)
+        mine = np.isin(wanted.source_row, rows)
+        assert mine.any()
+        assert mine.all() == (split != "test")
+        np.testing.assert_array_equal(logits.of_rows(wanted.source_row[mine]), wanted.logits[mine])
+
+
+def test_a_finished_student_is_finished_wherever_its_teacher_has_gone(
+    make_experiment: MakeExperiment, teacher_run: Path, tmp_path: Path
+) -> None:
+    teacher = tmp_path / "teacher"
+    shutil.copytree(teacher_run, teacher)
+    student = offline(make_experiment, teacher)
+    first = train(student, schema(), tmp_path / "student", progress=False)
+    teacher.rename(tmp_path / "moved")
+    again = train(student, schema(), tmp_path / "student", progress=False)
+    assert again.was_finished
+    assert again.test == first.test
+    with pytest.raises(ConfigError, match=r"must be the folder of a finished run"):
+        train(student, schema(), tmp_path / "student", progress=False, resume=False)
+    other = offline(make_experiment, tmp_path / "another")
+    with pytest.raises(ConfigError, match=r"must be the folder of a finished run"):
+        train(other, schema(), tmp_path / "student", progress=False)
+    (tmp_path / "student" / "summary.json").unlink()
+    with pytest.raises(ConfigError, match=r"must be the folder of a finished run"):
+        train(student, schema(), tmp_path / "student", progress=False)
 
 
 @pytest.mark.parametrize(
