@@ -8,8 +8,9 @@ summed over tasks with the tasks' weights, over the rows that have the task's la
 the teacher (the bar). Dividing logits by :math:`\tau` divides its gradient by about :math:`\tau^2`, which the factor
 undoes.
 
-- ``online``: teacher and student are trained together, from scratch, on the same batches. Each has its own tables. They
-  share nothing but the third term, so the teacher is what it would have become alone.
+- ``online``: teacher and student are trained together, from scratch, on the same batches. Each has its own tables and
+  its own bound on the norm of its gradient. They share nothing but the third term, so the teacher is what it would have
+  become alone, up to random draws: its first weights, and masks of dropout, come after the student's.
 - ``offline``: the teacher is a finished run. It is frozen; its logits of every training row are computed once, kept in
   the teacher's run folder, and read again by every student after that. It must have learnt nothing of the student's
   validation and test periods, and its checkpoint must not have been chosen by the latter (:func:`check_teacher`).
@@ -24,7 +25,7 @@ Shapes: N rows, T tasks.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -268,6 +269,23 @@ class OfflineDistillation(Distillation):
         assert batch.source_row is not None
         found = self.logits.of_rows(batch.source_row.cpu().numpy())
         return torch.from_numpy(found).to(batch.source_row.device), {}
+
+
+def learners(model: nn.Module, parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
+    """Parameters, apart by who learns: those of the model, and those of the teacher that is trained with it, if any.
+
+    What bounds the gradient of one must not depend on the other's.
+
+    Args:
+        model: wrapped or not.
+        parameters: of the model; the replicas of this process, where there are several.
+    """
+    taught = [module for module in model.modules() if isinstance(module, OnlineDistillation)]
+    of_teacher = {id(parameter) for module in taught for parameter in module.teacher.parameters()}
+    apart: tuple[list[nn.Parameter], list[nn.Parameter]] = ([], [])
+    for parameter in parameters:
+        apart[id(parameter) in of_teacher].append(parameter)
+    return [one for one in apart if one]
 
 
 @contextmanager

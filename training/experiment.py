@@ -96,7 +96,8 @@ class TrainingConfig(Config):
     gradient_clip_norm: float | None = Field(
         None,
         gt=0,
-        description="bound on the norm of the whole gradient; without the tables where their optimizer is fused",
+        description="bound on the norm of the whole gradient; without the tables where their optimizer is fused; "
+        "a teacher that is trained along has a norm and a bound of its own",
     )
     embedding_l2: float = Field(
         0.0, ge=0, description="lambda of lambda / 2 times the sum of squares of all rows of all tables; for adam"

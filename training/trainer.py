@@ -44,6 +44,7 @@ from training.distill import (
     OnlineDistillationConfig,
     build_training_model,
     check_teacher,
+    learners,
     prepare,
     scoring_teacher,
 )
@@ -345,6 +346,7 @@ class Trainer:
         self._model, self._optimizer, self._dense, self._tables, rows = strategy.prepare(
             model, self._config.embedding_optimizer, self._config.dense_optimizer
         )
+        self._clipped_apart = learners(self._model, (*self._dense.values(), *self._tables.values()))
         balance = build_balance(self._config.task_balancing, len(schema.tasks), self._dense)
         self._objective = Objective(schema, self._config.task_weights, balance).to(strategy.device)
         self._balancing = self._balance_optimizer()
@@ -441,7 +443,8 @@ class Trainer:
         if self._config.dense_l2:
             add_l2(without_biases(self._dense), self._config.dense_l2)
         if self._config.gradient_clip_norm is not None:
-            clip_gradients((*self._dense.values(), *self._tables.values()), self._config.gradient_clip_norm)
+            for parameters in self._clipped_apart:
+                clip_gradients(parameters, self._config.gradient_clip_norm)
         self._optimizer.step()
         if self._balancing is not None:
             for parameter in self._objective.parameters():

@@ -20,6 +20,7 @@ from recsys.config import validate
 from recsys.errors import ConfigError, DataError, IntegrityError
 from recsys.losses import binary_cross_entropy
 from recsys.models import build_model
+from recsys.schema import Schema
 from recsys.training_set import SOURCE_ROW, TrainingSet
 from tests.synthetic import SPLIT, TABLE_SIZES, random_batch, schema
 from tests.training.conftest import MakeExperiment
@@ -31,6 +32,7 @@ from training.distill import (
     OnlineDistillation,
     OnlineDistillationConfig,
     TeacherLogits,
+    build_training_model,
     distillation_loss,
     scoring_teacher,
 )
@@ -164,6 +166,34 @@ def test_the_teacher_becomes_what_it_would_have_become_alone(make_experiment: Ma
     assert "teacher" in (run_dir / "online" / "report.html").read_text()
     lines = [json.loads(line) for line in (run_dir / "online" / "metrics.jsonl").read_text().splitlines()]
     assert next(x for x in lines if x["kind"] == "epoch")["teacher_validation"] == result.teacher["validation"]
+
+
+@pytest.mark.parametrize("embedding_optimizer", ["adagrad", "lazy_adam"])
+def test_a_bound_on_gradients_leaves_teacher_and_student_apart(
+    embedding_optimizer: str, make_experiment: MakeExperiment, run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the same first weights, the teacher beside a student has the bits of the teacher alone."""
+    settings: dict[str, Any] = {
+        "epochs": 1,
+        "gradient_clip_norm": 0.05,
+        "embedding_optimizer": {"kind": embedding_optimizer, "lr": 0.05},
+    }
+    together = online(make_experiment, **settings)
+    beside = train(together, schema(), run_dir / "beside", progress=False)
+    assert together.distillation is not None
+    alone = make_experiment(**settings).model_copy(update={"model": together.distillation.teacher})
+
+    def first_weights_of_the_pair(_: Any, schema: Schema, training_set: TrainingSet) -> torch.nn.Module:
+        pair = build_training_model(together, schema, training_set)
+        assert isinstance(pair, OnlineDistillation)
+        return pair.teacher
+
+    monkeypatch.setattr("training.trainer.build_training_model", first_weights_of_the_pair)
+    result = train(alone, schema(), run_dir / "alone", progress=False)
+    assert beside.teacher == {"validation": result.validation, "test": result.test}
+    monkeypatch.undo()
+    unbound = train(online(make_experiment, **settings | {"gradient_clip_norm": None}), schema(), run_dir / "unbound")
+    assert unbound.teacher != beside.teacher, "the bound must matter"
 
 
 def test_the_student_alone_is_exported(
