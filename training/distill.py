@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from feature_store.split import SplitConfig
@@ -69,7 +69,7 @@ class OnlineDistillationConfig(_DistillationConfig):
     """Teacher and student trained together."""
 
     mode: Literal["online"] = "online"
-    teacher: ModelConfig
+    teacher: ModelConfig = Field(description="any model of the same schema, written as model is")
 
 
 class OfflineDistillationConfig(_DistillationConfig):
@@ -77,6 +77,16 @@ class OfflineDistillationConfig(_DistillationConfig):
 
     mode: Literal["offline"] = "offline"
     teacher: str = Field(min_length=1, description="run folder of the teacher, relative to the working folder")
+
+    @field_validator("teacher", mode="before")
+    @classmethod
+    def _is_a_folder(cls, value: Any) -> Any:
+        if isinstance(value, Mapping):
+            raise ValueError(  # noqa: TRY004 - pydantic collects these
+                "must be the folder of a finished run where mode is 'offline', got a model; "
+                "write mode: online to train that model along with the student"
+            )
+        return value
 
     def resolved(self, teacher: Mapping[str, str] | None = None) -> dict[str, Any]:
         """What decides the student's result: the teacher's run and checkpoint, wherever they lie.

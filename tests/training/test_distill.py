@@ -440,16 +440,36 @@ def test_a_finished_student_is_finished_wherever_its_teacher_has_gone(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"mode": "later"}, "distillation"),
-        ({"mode": "online", "teacher": {"kind": "dinn"}}, r"distillation\.online\.teacher|distillation\.teacher"),
-        ({"mode": "online", "teacher": TEACHER, "temperature": 0.0}, "temperature: must be greater than 0"),
-        ({"mode": "offline", "teacher": "x", "weight": -1.0}, "weight: must be greater than or equal to 0"),
+        ({"mode": "later"}, "distillation.mode: 'later' is not known"),
+        ({"teacher": TEACHER}, "distillation.mode: must be given"),
+        ({"mode": "online", "teacher": {"kind": "dinn"}}, "distillation.teacher.kind: 'dinn' is not known"),
+        (
+            {"mode": "online", "teacher": TEACHER, "temperature": 0.0},
+            "distillation.temperature: must be greater than 0",
+        ),
+        (
+            {"mode": "online", "teacher": TEACHER, "temprature": 3.0},
+            "distillation.temprature: did you mean 'temperature'",
+        ),
+        (
+            {"mode": "offline", "teacher": "x", "weight": -1.0},
+            "distillation.weight: must be greater than or equal to 0",
+        ),
+        (
+            {"mode": "offline", "teacher": TEACHER},
+            (
+                "distillation.teacher: must be the folder of a finished run where mode is 'offline', got a model; "
+                "write mode: online to train that model along with the student"
+            ),
+        ),
+        ({"mode": "online", "teacher": "runs/suan"}, 'distillation.teacher: must be a mapping, got "runs/suan"'),
     ],
 )
 def test_a_broken_config_names_its_field(changes: dict[str, Any], message: str) -> None:
     values = minimal({"kind": "din"}) | {"distillation": changes}
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(ConfigError) as caught:
         validate(ExperimentConfig, values, source="config")
+    assert message in str(caught.value)
 
 
 def test_a_student_learns_from_its_teacher_what_labels_do_not_tell_it() -> None:
