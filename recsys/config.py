@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -209,7 +209,7 @@ def _is_inside(location: tuple[Any, ...], outer: tuple[Any, ...]) -> bool:
 
 def _describe(cls: type[BaseModel], violation: Any) -> tuple[list[str], str | None]:
     """Lines for a violation, mostly one, and a hint."""
-    path = ".".join(str(part) for part in violation["loc"])
+    path = ".".join(_in_file(cls, violation["loc"]))
     kind, message, got = violation["type"], violation["msg"], violation.get("input")
     if kind == "missing":
         return [f"{path}: must be given"], None
@@ -217,7 +217,9 @@ def _describe(cls: type[BaseModel], violation: Any) -> tuple[list[str], str | No
         known = _keys_at(cls, violation["loc"][:-1])
         hint = f"{path}: {nearest(str(violation['loc'][-1]), known)}" if known else None
         return [f"{path}: is not a known key"], hint
-    kind_path = f"{path}.kind" if path else "kind"
+    if kind in ("union_tag_invalid", "union_tag_not_found"):
+        tag = violation["ctx"]["discriminator"].strip("'")
+        kind_path = f"{path}.{tag}" if path else tag
     if kind == "union_tag_invalid":
         context = violation["ctx"]
         known = [t.strip().strip("'") for t in str(context["expected_tags"]).split(",")]
@@ -276,11 +278,22 @@ def _keys_at(cls: type[BaseModel], location: tuple[Any, ...]) -> list[str]:
     return list(members[0].model_fields) if len(members) == 1 and _is_model(members[0]) else []
 
 
+def _in_file(cls: type[BaseModel], location: tuple[Any, ...]) -> list[str]:
+    """The keys that lead to a location in the file: pydantic's location also names the member of a union."""
+    annotation: Any = cls
+    path = []
+    for part in location:
+        if len(_members(annotation)) <= 1:
+            path.append(str(part))
+        annotation = _inside(annotation, part)
+    return path
+
+
 def _inside(annotation: Any, part: Any) -> Any:
-    """The annotation one step along: to a field, a place in a list, a key of a dictionary, or the tag of a union."""
+    """The annotation one step along: to a field, a place in a list, a key of a dictionary, or the member of a union."""
     members = _members(annotation)
     if len(members) > 1:
-        return next((m for m in members if _is_model(m) and _tag_of(m) == part), None)
+        return next((m for m in members if _is_model(m) and part in _tags_of(m)), None)
     if len(members) == 0:
         return None
     if _is_model(members[0]):
@@ -305,9 +318,10 @@ def _is_model(annotation: Any) -> bool:
     return isinstance(annotation, type) and issubclass(annotation, BaseModel)
 
 
-def _tag_of(cls: type[BaseModel]) -> str | None:
-    kind = cls.model_fields.get("kind")
-    return None if kind is None else kind.default
+def _tags_of(cls: type[BaseModel]) -> list[Any]:
+    """What may tell a class from the others of its union: the values of fields that can have but one."""
+    literals = (get_args(f.annotation) for f in cls.model_fields.values() if get_origin(f.annotation) is Literal)
+    return [values[0] for values in literals if len(values) == 1]
 
 
 def canonical_json(config: Config | Mapping[str, Any]) -> str:

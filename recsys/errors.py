@@ -103,12 +103,14 @@ def nearest(name: str, candidates: Iterable[str]) -> str:
         "did you mean 'click'?"
         >>> nearest("CLICK", ["click", "purchase"])
         "did you mean 'click'?"
+        >>> nearest("window", ["click", "kind"])
+        "known names: 'click', 'kind'"
         >>> nearest("zzz", ["click", "like"])
         "known names: 'click', 'like'"
     """
     known = sorted(candidates)
     alike = [k for k in known if k.casefold() == name.casefold()]
-    close = alike or difflib.get_close_matches(name, known, n=3, cutoff=0.6)
+    close = alike or difflib.get_close_matches(name, known, n=3, cutoff=0.65)
     if close:
         return "did you mean " + " or ".join(repr(c) for c in close) + "?"
     if not known:

@@ -8,10 +8,12 @@ summed over tasks with the tasks' weights, over the rows that have the task's la
 the teacher (the bar). Dividing logits by :math:`\tau` divides its gradient by about :math:`\tau^2`, which the factor
 undoes.
 
-- ``online``: teacher and student are trained together, from scratch, on the same batches. Each has its own tables. They
-  share nothing but the third term, so the teacher is what it would have become alone.
+- ``online``: teacher and student are trained together, from scratch, on the same batches. Each has its own tables and
+  its own bound on the norm of its gradient. They share nothing but the third term, so the teacher is what it would have
+  become alone, up to random draws: its first weights, and masks of dropout, come after the student's.
 - ``offline``: the teacher is a finished run. It is frozen; its logits of every training row are computed once, kept in
-  the teacher's run folder, and read again by every student after that.
+  the teacher's run folder, and read again by every student after that. It must have learnt nothing of the student's
+  validation and test periods, and its checkpoint must not have been chosen by the latter (:func:`check_teacher`).
 
 Source: Lai et al., "SUAN", RecSys 2025, arXiv 2508.15326 (online; three terms and a temperature); Hinton, Vinyals,
 Dean, "Distilling the Knowledge in a Neural Network", 2015, arXiv 1503.02531 (the squared temperature).
@@ -23,7 +25,7 @@ Shapes: N rows, T tasks.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,11 +33,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor, nn
 
+from feature_store.split import SplitConfig
+from feature_store.time_spans import iso
 from recsys.batch import Batch
-from recsys.config import Config, fingerprint
+from recsys.config import Config, fingerprint, validate
 from recsys.embeddings import Lookup
 from recsys.errors import ConfigError, DataError, IntegrityError
 from recsys.files import replacing_file, sha256_of, write_json
@@ -65,7 +69,7 @@ class OnlineDistillationConfig(_DistillationConfig):
     """Teacher and student trained together."""
 
     mode: Literal["online"] = "online"
-    teacher: ModelConfig
+    teacher: ModelConfig = Field(description="any model of the same schema, written as model is")
 
 
 class OfflineDistillationConfig(_DistillationConfig):
@@ -74,13 +78,26 @@ class OfflineDistillationConfig(_DistillationConfig):
     mode: Literal["offline"] = "offline"
     teacher: str = Field(min_length=1, description="run folder of the teacher, relative to the working folder")
 
-    def resolved(self) -> dict[str, Any]:
+    @field_validator("teacher", mode="before")
+    @classmethod
+    def _is_a_folder(cls, value: Any) -> Any:
+        if isinstance(value, Mapping):
+            raise ValueError(  # noqa: TRY004 - pydantic collects these
+                "must be the folder of a finished run where mode is 'offline', got a model; "
+                "write mode: online to train that model along with the student"
+            )
+        return value
+
+    def resolved(self, teacher: Mapping[str, str] | None = None) -> dict[str, Any]:
         """What decides the student's result: the teacher's run and checkpoint, wherever they lie.
+
+        Args:
+            teacher: its identity, where it is known already.
 
         Raises:
             ConfigError: the teacher is no finished run.
         """
-        return self.model_dump(mode="json") | {"teacher": teacher_identity(self.teacher)}
+        return self.model_dump(mode="json") | {"teacher": dict(teacher or teacher_identity(self.teacher))}
 
 
 DistillationConfig = Annotated[OnlineDistillationConfig | OfflineDistillationConfig, Field(discriminator="mode")]
@@ -102,6 +119,57 @@ def teacher_identity(run_dir: str | Path) -> dict[str, str]:
             f"distillation.teacher must be the folder of a finished run, got {folder}",
             hint="train the teacher first, with `recsys train`",
         ) from err
+
+
+def check_teacher(experiment: ExperimentConfig, training_set: TrainingSet) -> None:
+    """Checks that a frozen teacher knows nothing of what the student is validated and tested on.
+
+    The teacher's training period must end no later than the student's, and the period that chose its checkpoint no
+    later than the one that chooses the student's. Both may begin and end earlier. A folder that is no finished run
+    passes: what is wrong with it is said where it is read.
+
+    Raises:
+        ConfigError: the teacher has learnt from the student's validation or test period, or was chosen by the latter.
+    """
+    config = experiment.distillation
+    theirs = _periods_of(config.teacher) if isinstance(config, OfflineDistillationConfig) else None
+    if theirs is None:
+        return
+    assert isinstance(config, OfflineDistillationConfig)
+    own = training_set.manifest["split"]
+    for end, does, period in (
+        ("train_end", "trained", "validation and test periods"),
+        ("validation_end", "validated", "test period"),
+    ):
+        last, bound = theirs[end], own[end]
+        assert last is not None
+        if last > bound:
+            raise ConfigError(
+                f"distillation.teacher must know nothing of the student's {period}, but {config.teacher} was {does} on "
+                f"{_period(theirs, end)}, the student is {does} on {_period(own, end)}",
+                hint=f"build a training set with data.split.{end} {iso(bound)} or earlier, and train the teacher on it",
+            )
+
+
+_BEGINS = {"train_end": "train_start", "validation_end": "train_end"}
+
+
+def _period(split: Mapping[str, int | None], end: str) -> str:
+    first, last = split[_BEGINS[end]], split[end]
+    assert last is not None
+    return f"the time until {iso(last)}" if first is None else f"{iso(first)} to {iso(last)}"
+
+
+def _periods_of(run_dir: str | Path) -> dict[str, int | None] | None:
+    """Boundaries of the training set of a run, UTC microseconds; None where the folder is none of a run."""
+    path = Path(run_dir) / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        # Runs that did not note those of their training set have said them in their experiment.
+        split = config["training_set"].get("split") or config["experiment"]["data"]["split"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    return validate(SplitConfig, split, source=f"{path}: split").boundaries
 
 
 def distillation_loss(student: Tensor, teacher: Tensor, labels: Tensor, *, temperature: float) -> Tensor:
@@ -211,6 +279,23 @@ class OfflineDistillation(Distillation):
         assert batch.source_row is not None
         found = self.logits.of_rows(batch.source_row.cpu().numpy())
         return torch.from_numpy(found).to(batch.source_row.device), {}
+
+
+def learners(model: nn.Module, parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
+    """Parameters, apart by who learns: those of the model, and those of the teacher that is trained with it, if any.
+
+    What bounds the gradient of one must not depend on the other's.
+
+    Args:
+        model: wrapped or not.
+        parameters: of the model; the replicas of this process, where there are several.
+    """
+    taught = [module for module in model.modules() if isinstance(module, OnlineDistillation)]
+    of_teacher = {id(parameter) for module in taught for parameter in module.teacher.parameters()}
+    apart: tuple[list[nn.Parameter], list[nn.Parameter]] = ([], [])
+    for parameter in parameters:
+        apart[id(parameter) in of_teacher].append(parameter)
+    return [one for one in apart if one]
 
 
 @contextmanager
@@ -354,20 +439,27 @@ def prepare(
     say(f"scoring the training rows with the teacher {config.teacher}")
     teacher = TrainedRun.load(config.teacher)
     columns = _columns(teacher, schema)
-    predictions = predict(
-        teacher.model,
-        teacher.training_set(),
-        "train",
-        experiment.training.evaluation_batch_size,
-        history_length=teacher.experiment.training.history_length,
-        advance=advance,
+    taught = teacher.training_set()
+    predictions = [
+        predict(
+            teacher.model,
+            taught,
+            split,
+            experiment.training.evaluation_batch_size,
+            history_length=teacher.experiment.training.history_length,
+            advance=advance,
+        )
+        for split in _splits_with_rows(taught, training_set)
+    ]
+    source_row, logits, labels = (
+        np.concatenate([getattr(p, name) for p in predictions]) for name in ("source_row", "logits", "labels")
     )
-    order = np.argsort(predictions.source_row, kind="stable")
+    order = np.argsort(source_row, kind="stable")
     rows = np.zeros(len(order), dtype=[("source_row", np.int64), ("logits", np.float32, (len(columns),))])
-    rows["source_row"], rows["logits"] = predictions.source_row[order], predictions.logits[order][:, columns]
+    rows["source_row"], rows["logits"] = source_row[order], logits[order][:, columns]
     if not np.isfinite(rows["logits"]).all():
         raise DataError(f"the teacher {config.teacher} must give finite logits, but some are not")
-    _check_rows(rows["source_row"], predictions.labels[order][:, columns], training_set, schema, config.teacher)
+    _check_rows(rows["source_row"], labels[order][:, columns], training_set, schema, config.teacher)
     with replacing_file(path) as draft, draft.open("wb") as file:
         np.save(file, rows)
     manifest = {"format_version": FORMAT_VERSION, "key": key, "tasks": [t.name for t in schema.tasks]}
@@ -378,6 +470,17 @@ def _place(run_dir: str | Path, training_set: TrainingSet) -> tuple[Path, str]:
     """File of the logits, and the key that names it."""
     key = fingerprint({"teacher": teacher_identity(run_dir), "training_set": training_set.fingerprint})
     return Path(run_dir) / LOGITS / f"{key[:16]}.npy", key
+
+
+def _splits_with_rows(teacher: TrainingSet, student: TrainingSet) -> list[str]:
+    """Splits of the teacher's training set that reach into the student's training period."""
+    begins = {"train": None, "validation": "train_end", "test": "validation_end"}
+    ends = student.manifest["split"]["train_end"]
+    return [
+        split
+        for split, first in begins.items()
+        if first is None or (teacher.manifest["split"][first] < ends and teacher.split(split).num_rows)
+    ]
 
 
 def _columns(teacher: TrainedRun, schema: Schema) -> list[int]:
@@ -406,5 +509,6 @@ def _check_rows(
     what = f"{int((~known).sum()):,} training rows are unknown to it" if not known.all() else "their labels differ"
     raise DataError(
         f"the teacher {teacher} must have been trained on the student's impressions, but {what}",
-        hint="train both on training sets of the same views, the teacher's training period no shorter",
+        hint="build both training sets of the same views; the teacher's must begin no later than the student's "
+        "training period, and its test period must end no earlier",
     )

@@ -96,7 +96,8 @@ class TrainingConfig(Config):
     gradient_clip_norm: float | None = Field(
         None,
         gt=0,
-        description="bound on the norm of the whole gradient; without the tables where their optimizer is fused",
+        description="bound on the norm of the whole gradient; without the tables where their optimizer is fused; "
+        "a teacher that is trained along has a norm and a bound of its own",
     )
     embedding_l2: float = Field(
         0.0, ge=0, description="lambda of lambda / 2 times the sum of squares of all rows of all tables; for adam"
@@ -180,11 +181,12 @@ class ExperimentConfig(Config):
             )
         return self
 
-    def run_fingerprint(self, schema: Schema, training_set: str) -> str:
+    def run_fingerprint(self, schema: Schema, training_set: str, teacher: Mapping[str, str] | None = None) -> str:
         """sha256 of everything that decides what a run results in.
 
         Args:
             training_set: its fingerprint.
+            teacher: identity of the frozen teacher, where it is not to be read from the teacher's folder.
 
         Raises:
             ConfigError: the model is taught by a run that has not finished.
@@ -197,7 +199,7 @@ class ExperimentConfig(Config):
             "training": training,
         }
         if isinstance(self.distillation, OfflineDistillationConfig):
-            deciding["distillation"] = self.distillation.resolved()
+            deciding["distillation"] = self.distillation.resolved(teacher)
         elif self.distillation is not None:
             deciding["distillation"] = self.distillation.model_dump(mode="json")
         return fingerprint(deciding)

@@ -30,7 +30,13 @@ from recsys.models import RankingModel, build_model
 from recsys.schema import Schema
 from recsys.training_set import TrainingSet
 from training.checkpoint import CheckpointStore
-from training.distill import TEACHER, OnlineDistillationConfig, student_state
+from training.distill import (
+    TEACHER,
+    OfflineDistillationConfig,
+    OnlineDistillationConfig,
+    student_state,
+    teacher_identity,
+)
 from training.experiment import ExperimentConfig
 
 FORMAT_VERSION = 1
@@ -113,10 +119,11 @@ class RunFolder:
             ConfigError: the folder holds another run.
             IntegrityError: the folder's files are damaged.
         """
-        wanted = experiment.run_fingerprint(schema, training_set.fingerprint)
         found = self._read("config.json", {})
         if found is not None and found.get("format_version") == FORMAT_VERSION:
             found = self.config()
+        teacher = self._teacher(experiment, found if resume else None)
+        wanted = experiment.run_fingerprint(schema, training_set.fingerprint, teacher)
         if found is not None and found.get("fingerprint") != wanted:
             raise ConfigError(
                 f"run folder {self.path} must be empty or hold this very run, but holds one of another fingerprint: "
@@ -139,11 +146,36 @@ class RunFolder:
                         "path": str(training_set.folder.absolute()),
                         "fingerprint": training_set.fingerprint,
                         "encoder_fingerprint": training_set.manifest["encoder_fingerprint"],
+                        "split": training_set.manifest["split"],
                     },
+                    "teacher": teacher,
                     "table_sizes": dict(training_set.encoder.table_sizes),
                 },
             )
         return self._read("summary.json", _SUMMARY)
+
+    def _teacher(self, experiment: ExperimentConfig, found: Mapping[str, Any] | None) -> dict[str, str] | None:
+        """Identity of the frozen teacher, if there is one.
+
+        A student that has finished is finished, wherever its teacher has gone since: its own note counts then.
+
+        Args:
+            found: configuration of the run that the folder holds.
+
+        Raises:
+            ConfigError: the teacher is no finished run.
+        """
+        config = experiment.distillation
+        if not isinstance(config, OfflineDistillationConfig):
+            return None
+        try:
+            return teacher_identity(config.teacher)
+        except ConfigError:
+            noted = (found or {}).get("teacher")
+            was_named = ((found or {}).get("experiment", {}).get("distillation") or {}).get("teacher")
+            if not isinstance(noted, dict) or was_named != config.teacher or self._read("summary.json", {}) is None:
+                raise
+            return noted
 
     def _clear(self) -> None:
         """Removes a run, its configuration last: killed half-way, the folder still says whose rest it holds."""

@@ -43,6 +43,8 @@ from training.distill import (
     OfflineDistillationConfig,
     OnlineDistillationConfig,
     build_training_model,
+    check_teacher,
+    learners,
     prepare,
     scoring_teacher,
 )
@@ -192,7 +194,8 @@ def train(
         The result; at once if the folder holds this very run, finished.
 
     Raises:
-        ConfigError: the folder holds another run, another process trains into it, or a setting is for one worker only.
+        ConfigError: the folder holds another run, another process trains into it, a setting is for one worker only, or
+            the model's teacher is no finished run, or one that has seen the validation or test period.
         IntegrityError: the training set is absent, damaged, or of another schema.
         CheckpointError: the checkpoint to resume from is damaged, or a new one cannot be written.
         DataError: a split is empty, or the validation split has one class only.
@@ -212,6 +215,7 @@ def train(
     if verify:
         training_set.verify_once()
     with TrainingDisplay(enabled=progress) as display, folder.locked():
+        check_teacher(experiment, training_set)
         summary = folder.begin(experiment, schema, training_set, resume=resume)
         if summary is not None:
             display.say(f"{folder.path} holds this run, finished {summary['finished_at']}: nothing to train")
@@ -342,6 +346,7 @@ class Trainer:
         self._model, self._optimizer, self._dense, self._tables, rows = strategy.prepare(
             model, self._config.embedding_optimizer, self._config.dense_optimizer
         )
+        self._clipped_apart = learners(self._model, (*self._dense.values(), *self._tables.values()))
         balance = build_balance(self._config.task_balancing, len(schema.tasks), self._dense)
         self._objective = Objective(schema, self._config.task_weights, balance).to(strategy.device)
         self._balancing = self._balance_optimizer()
@@ -438,7 +443,8 @@ class Trainer:
         if self._config.dense_l2:
             add_l2(without_biases(self._dense), self._config.dense_l2)
         if self._config.gradient_clip_norm is not None:
-            clip_gradients((*self._dense.values(), *self._tables.values()), self._config.gradient_clip_norm)
+            for parameters in self._clipped_apart:
+                clip_gradients(parameters, self._config.gradient_clip_norm)
         self._optimizer.step()
         if self._balancing is not None:
             for parameter in self._objective.parameters():

@@ -125,7 +125,8 @@ def discriminability(
     task: Task = None,
     history: HistoryName = None,
     clusters: Annotated[
-        list[int] | None, typer.Option(min=2, help="How many, given once or more; 2 to 1,000 if not given.")
+        list[int] | None,
+        typer.Option(min=2, help="How many, given once or more; if not given, 2 to 1,000, at most as many as rows."),
     ] = None,
     max_rows: MaxRows = 100_000,
     as_json: Json = False,
@@ -154,7 +155,7 @@ def discriminability(
             history_length=trained.experiment.training.history_length,
         )
         found = []
-        for number in clusters or (2, 5, 10, 20, 50, 100, 200, 500, 1000):
+        for number in _numbers_of_clusters(clusters, len(rows.labels)):
             tell(f"{number} clusters")
             bits = information_of_clusters(cluster(rows.pooled, number), rows.labels)
             found.append({"clusters": number, "bits": bits})
@@ -162,10 +163,27 @@ def discriminability(
         print_json({"run": str(run), "split": split, "rows": len(rows.labels), "clusters": found})
         return
     print_table(
-        f"{trained.experiment.name}, {split} split: information of the pooled history about the label",
+        f"{trained.experiment.name}, {split} split, {len(rows.labels):,} rows: information of the pooled history about "
+        "the label",
         ("clusters", "bits"),
         [(f["clusters"], f"{f['bits']:.5f}") for f in found],
     )
+
+
+def _numbers_of_clusters(given: list[int] | None, num_rows: int) -> list[int]:
+    """Those asked for, or the usual ones that the rows are enough for."""
+    from recsys.errors import ConfigError, DataError
+
+    if num_rows < 2:
+        raise DataError(f"there must be 2 rows to cluster, got {num_rows}", hint="look at another --split")
+    if not given:
+        return [number for number in (2, 5, 10, 20, 50, 100, 200, 500, 1000) if number <= num_rows]
+    if max(given) > num_rows:
+        raise ConfigError(
+            f"--clusters must be at most {num_rows:,}, the rows that are looked at, got {max(given):,}",
+            hint="look at more rows with --max-rows or another --split, or ask for fewer clusters",
+        )
+    return given
 
 
 def _opened(run: Path) -> tuple[Any, Any]:

@@ -39,7 +39,7 @@ from recsys.ops.search_attention import (
     top_k_pool,
     top_k_pool_single_request,
 )
-from recsys.schema import Categorical, History, Schema
+from recsys.schema import Categorical, History, MultiCategorical, Schema
 
 
 class _LongHistoryConfig(Config):
@@ -91,9 +91,15 @@ class TWINConfig(_LongHistoryConfig):
     has_product: bool = Field(True, description="false: TWIN w/o TR, the pooled vector alone")
     search: Literal["attention", "category", "hash", "sampling"] = Field(
         "attention",
-        description="'category': SIM-hard, the newest events of the candidate's category (the last categorical "
-        "attribute of the history), then the newest others; 'hash': ETA, by the Hamming distance of random signs; "
-        "'sampling': SDIM, the sum of the events whose signs agree with the candidate's, no scores at all",
+        description="'category': SIM-hard, the newest events of the candidate's category, then the newest others; "
+        "'hash': ETA, by the Hamming distance of random signs; 'sampling': SDIM, the sum of the events whose signs "
+        "agree with the candidate's, no scores at all",
+    )
+    category: str | None = Field(
+        None,
+        min_length=1,
+        description="for search 'category', which has no default: the attribute of each history that says what events "
+        "and candidates are alike; of one value each, values that the encoder does not know are one",
     )
     hash_bits: int = Field(32, ge=1, le=1024, description="of search 'hash' and 'sampling'; FuxiCTR for ETA: 32")
     hash_width: int = Field(
@@ -103,6 +109,8 @@ class TWINConfig(_LongHistoryConfig):
     @model_validator(mode="after")
     def _is_consistent(self) -> Self:
         problems = []
+        if self.search != "category" and self.category is not None:
+            problems.append(f"category must not be given where search is {self.search!r}, got {self.category!r}")
         if self.search == "sampling":
             if self.auxiliary_weight > 0:
                 problems.append(
@@ -182,6 +190,25 @@ class Projected(nn.Module):
         self.events = nn.Linear(size, size, bias=False)
 
 
+def _category(history: History, schema: Schema, config: DAREConfig | TWINConfig) -> str:
+    """The attribute by which events and candidates are alike, for search 'category'.
+
+    Raises:
+        SchemaError: it is not given, or no attribute of the history with one value each.
+    """
+    assert isinstance(config, TWINConfig)
+    kinds = {name: schema.feature(name) for name in history.attributes}
+    choices = [n for n, f in kinds.items() if isinstance(f, Categorical) and not isinstance(f, MultiCategorical)]
+    if config.category not in choices:
+        got = "none" if config.category is None else repr(config.category)
+        raise SchemaError(
+            "model.category must name a categorical attribute with one value each of history "
+            f"{history.name!r} where search is 'category', got {got}",
+            hint="it has " + (", ".join(choices) or "no such attribute: add one to the schema"),
+        )
+    return str(config.category)
+
+
 class SearchedHistory(nn.Module):
     r"""One history: search, attention, and what the head takes of it.
 
@@ -226,7 +253,7 @@ class SearchedHistory(nn.Module):
         self._scales = (1 / math.sqrt(shared), 1 / math.sqrt(self.attention.own_size + attention_dim))
         shared_values = sum(width[n] for n in history.attributes)
         self.values_size = shared_values + self.values.own_size + config.embedding_dim
-        self._category = categorical[-1]
+        self._category = _category(history, schema, config) if self.search == "category" else ""
         self.has_product = config.has_product if isinstance(config, TWINConfig) else True
         projects = isinstance(config, TWINConfig) and config.projection
         self.project_attention = Projected(shared) if projects else None
@@ -372,7 +399,7 @@ class LongHistoryNetwork(nn.Module):
         attention_dim: width of a categorical feature's attention vector.
 
     Raises:
-        SchemaError: there is no history, or one without a categorical attribute.
+        SchemaError: there is no history, or one without a categorical attribute, or without the category of the search.
 
     Shape:
         :class:`~recsys.embedded.Embedded` -> (N, T) float32.

@@ -39,8 +39,22 @@ class Layer(Config):
     is_gated: bool = False
 
 
+class Own(Config):
+    mode: Literal["own"] = "own"
+    optimizer: Annotated[Adam | Sgd, Field(discriminator="kind")] = Adam()
+
+
+class Borrowed(Config):
+    mode: Literal["borrowed"] = "borrowed"
+    temperature: float = 1.0
+    kind: int = 0
+
+
 class Run(Config):
     name: str
+    source: Annotated[Own | Borrowed, Field(discriminator="mode")] = Own()
+    sources: tuple[Annotated[Own | Borrowed, Field(discriminator="mode")], ...] = ()
+    time: int | str = 0
     epochs: int = Field(1, ge=1)
     optimizer: Annotated[Adam | Sgd, Field(discriminator="kind")] = Adam()
     fallback: Annotated[Adam | Sgd, Field(discriminator="kind")] | None = None
@@ -93,7 +107,7 @@ def test_every_violation_is_reported_with_its_path() -> None:
     assert lines == [
         "name: must be text, got 7",
         "epochs: must be greater than or equal to 1, got 0",
-        "optimizer.adam.learning_rate: must be greater than 0, got -1.0",
+        "optimizer.learning_rate: must be greater than 0, got -1.0",
         'layers.1.width: must be a valid integer, got "2"',
         "layers.2.width: must be given",
         "heads.a.is_gated: must be true or false, got 1",
@@ -116,14 +130,30 @@ def test_every_violation_is_reported_with_its_path() -> None:
         ({"first": {"widths": 1}}, "first.widths: is not a known key", "first.widths: did you mean 'width'?"),
         (
             {"optimizer": {"kind": "sgd", "momentun": 1}},
-            "optimizer.sgd.momentun: is not a known key",
-            "optimizer.sgd.momentun: did you mean 'momentum'?",
+            "optimizer.momentun: is not a known key",
+            "optimizer.momentun: did you mean 'momentum'?",
         ),
         (
             {"fallback": {"kind": "adam", "learning_rates": 1}},
-            "fallback.adam.learning_rates: is not a known key",
-            "fallback.adam.learning_rates: did you mean 'learning_rate'?",
+            "fallback.learning_rates: is not a known key",
+            "fallback.learning_rates: did you mean 'learning_rate'?",
         ),
+        (  # a key that is one of another member's, or of none
+            {"source": {"mode": "borrowed", "temprature": 2.0}},
+            "source.temprature: is not a known key",
+            "source.temprature: did you mean 'temperature'?",
+        ),
+        (
+            {"sources": [{"mode": "own", "optimizer": {"kind": "sgd", "momentun": 1}}]},
+            "sources.0.optimizer.momentun: is not a known key",
+            "sources.0.optimizer.momentun: did you mean 'momentum'?",
+        ),
+        (  # shares three letters with 'kind', which is not near
+            {"source": {"mode": "borrowed", "window": 3}},
+            "source.window: is not a known key",
+            "source.window: known names: 'kind', 'mode', 'temperature'",
+        ),
+        ({"source": {"mode": "owns"}}, "source.mode: 'owns' is not known", "source.mode: did you mean 'own'?"),
         ({"optimizer": {"kind": "adm"}}, "optimizer.kind: 'adm' is not known", "optimizer.kind: did you mean 'adam'?"),
         (
             {"optimizer": {"kind": "zzzz"}},
@@ -142,6 +172,8 @@ def test_unknown_names_bring_the_nearest(mapping: dict[str, Any], line: str, hin
     ("mapping", "line"),
     [
         ({"optimizer": {}}, "optimizer.kind: must be given"),
+        ({"source": {}}, "source.mode: must be given"),
+        ({"source": {"mode": "own", "optimizer": {}}}, "source.optimizer.kind: must be given"),
         ({"optimizer": 3}, None),
         ({"layers": {}}, "layers: must be a list"),
         ({"heads": []}, None),
@@ -152,7 +184,7 @@ def test_unknown_names_bring_the_nearest(mapping: dict[str, Any], line: str, hin
         ({"epochs": None}, "epochs: must be a valid integer, got null"),
         (
             {"optimizer": {"kind": "sgd", "momentum": float("nan")}},
-            "optimizer.sgd.momentum: must be a finite number, got NaN",
+            "optimizer.momentum: must be a finite number, got NaN",
         ),
     ],
 )
@@ -162,6 +194,11 @@ def test_wrong_types(mapping: dict[str, Any], line: str | None) -> None:
     assert lines[0].startswith(next(iter(mapping)))
     if line is not None:
         assert lines == [line]
+
+
+def test_a_value_that_may_be_of_two_types_is_named_by_its_key() -> None:
+    lines, _ = problems_of({"name": "x", "time": 1.5})
+    assert lines == ["time: must be a valid integer, got 1.5", "time: must be text, got 1.5"]
 
 
 def test_rules_between_fields_have_a_line_each() -> None:
@@ -177,7 +214,7 @@ def test_numbers_that_yaml_reads_as_text(written: str, instead: str) -> None:
     parsed = parse_yaml(f"name: x\noptimizer: {{kind: sgd, momentum: {written}}}", source="run.yaml")
     assert parsed["optimizer"]["momentum"] == written  # PyYAML, not us
     lines, hint = problems_of(parsed)
-    assert lines == [f'optimizer.sgd.momentum: must be a valid number, got "{written}"']
+    assert lines == [f'optimizer.momentum: must be a valid number, got "{written}"']
     assert hint == f"YAML reads {written} as text: write {instead}"
     mended = parse_yaml(f"name: x\noptimizer: {{kind: sgd, momentum: {instead}}}", source="run.yaml")
     assert validate(Run, mended, source="run.yaml").optimizer == Sgd(momentum=float(written))

@@ -46,6 +46,7 @@ class Variant(NamedTuple):
     search: str = "attention"
     has_product: bool = True
     hash_width: int = 1
+    category: str | None = None
 
 
 def _key(name: str, space: str) -> str:
@@ -105,7 +106,8 @@ def _of_history(
         scores.append(semantic + own)
         shared = projected(vectors(2, names.shared[history], features, r, j), "values", "events")
         values.append(np.concatenate([shared, vectors(2, names.own[history], features, r, j), slots[slot]]))
-        category.append(bool((features[scored[-1]][r, j] == candidate[scored[-1]][row]).all()))
+        if variant.category is not None:
+            category.append(bool((features[variant.category][r, j] == candidate[variant.category][row]).all()))
         if f"{prefix}.directions" in weights:
             signs.append(_signs(key, weights[f"{prefix}.directions"]))
     rows = np.array(values).reshape(length, len(target))

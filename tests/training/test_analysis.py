@@ -180,6 +180,18 @@ def test_commands_report_on_a_run(training_set: TrainingSet, make_experiment: Ma
     clusters = report("discriminability", "--clusters", "2", "--clusters", "20", "--split", "train")["clusters"]
     assert [c["clusters"] for c in clusters] == [2, 20]
     assert 0 <= clusters[0]["bits"] <= 1
+    # The usual numbers of clusters go as far as the rows do.
+    few = report("discriminability", "--split", "train", "--max-rows", "60")
+    assert few["rows"] == 60
+    assert [c["clusters"] for c in few["clusters"]] == [2, 5, 10, 20, 50]
+    for rows, asked, message in [
+        ("60", ["--clusters", "2", "--clusters", "61"], "--clusters must be at most 60, the rows that are looked at"),
+        ("1", [], "there must be 2 rows to cluster, got 1"),
+    ]:
+        options = ["--split", "train", "--max-rows", rows, *asked]
+        refused = CliRunner().invoke(app, ["analyse", "discriminability", str(run_dir), *options])
+        assert refused.exit_code != 0
+        assert message in " ".join(refused.output.split())
     # Histories are as long as the run's own, not as the schema's.
     bits = [bits_of_clusters(TrainedRun.load(run_dir).model, training_set, length) for length in (2, None)]
     assert clusters[1]["bits"] == bits[0] != bits[1]

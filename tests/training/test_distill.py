@@ -13,13 +13,16 @@ import pytest
 import torch
 from torch import Tensor
 
+from feature_store.build import build_training_set
+from feature_store.time_spans import iso
 from recsys.artifact import Artifact
 from recsys.config import validate
 from recsys.errors import ConfigError, DataError, IntegrityError
 from recsys.losses import binary_cross_entropy
 from recsys.models import build_model
-from recsys.training_set import TrainingSet
-from tests.synthetic import TABLE_SIZES, random_batch, schema
+from recsys.schema import Schema
+from recsys.training_set import SOURCE_ROW, TrainingSet
+from tests.synthetic import SPLIT, TABLE_SIZES, random_batch, schema
 from tests.training.conftest import MakeExperiment
 from tests.training.test_trainer import Crash, checkpoint_tensors, result_of, same_checkpoints
 from tests.training_sets import build_synthetic
@@ -29,6 +32,7 @@ from training.distill import (
     OnlineDistillation,
     OnlineDistillationConfig,
     TeacherLogits,
+    build_training_model,
     distillation_loss,
     scoring_teacher,
 )
@@ -39,6 +43,7 @@ from training.objective import Objective
 from training.run import TrainedRun
 from training.trainer import Trainer, train
 
+DAY = 86_400_000_000
 TEACHER = {"kind": "suan", "embedding_dim": 4, "hidden": [8], "num_layers": 1}
 STUDENT = {"kind": "lightsuan", "embedding_dim": 4, "hidden": [6], "num_layers": 1, "window": 2, "dilation": 2}
 
@@ -161,6 +166,34 @@ def test_the_teacher_becomes_what_it_would_have_become_alone(make_experiment: Ma
     assert "teacher" in (run_dir / "online" / "report.html").read_text()
     lines = [json.loads(line) for line in (run_dir / "online" / "metrics.jsonl").read_text().splitlines()]
     assert next(x for x in lines if x["kind"] == "epoch")["teacher_validation"] == result.teacher["validation"]
+
+
+@pytest.mark.parametrize("embedding_optimizer", ["adagrad", "lazy_adam"])
+def test_a_bound_on_gradients_leaves_teacher_and_student_apart(
+    embedding_optimizer: str, make_experiment: MakeExperiment, run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the same first weights, the teacher beside a student has the bits of the teacher alone."""
+    settings: dict[str, Any] = {
+        "epochs": 1,
+        "gradient_clip_norm": 0.05,
+        "embedding_optimizer": {"kind": embedding_optimizer, "lr": 0.05},
+    }
+    together = online(make_experiment, **settings)
+    beside = train(together, schema(), run_dir / "beside", progress=False)
+    assert together.distillation is not None
+    alone = make_experiment(**settings).model_copy(update={"model": together.distillation.teacher})
+
+    def first_weights_of_the_pair(_: Any, schema: Schema, training_set: TrainingSet) -> torch.nn.Module:
+        pair = build_training_model(together, schema, training_set)
+        assert isinstance(pair, OnlineDistillation)
+        return pair.teacher
+
+    monkeypatch.setattr("training.trainer.build_training_model", first_weights_of_the_pair)
+    result = train(alone, schema(), run_dir / "alone", progress=False)
+    assert beside.teacher == {"validation": result.validation, "test": result.test}
+    monkeypatch.undo()
+    unbound = train(online(make_experiment, **settings | {"gradient_clip_norm": None}), schema(), run_dir / "unbound")
+    assert unbound.teacher != beside.teacher, "the bound must matter"
 
 
 def test_the_student_alone_is_exported(
@@ -311,19 +344,132 @@ def test_a_teacher_that_is_no_finished_run_is_refused(make_experiment: MakeExper
         train(offline(make_experiment, tmp_path / "none"), schema(), tmp_path / "student", progress=False)
 
 
+def taught_in(
+    training_set: TrainingSet, folder: Path, make_experiment: MakeExperiment, **split: int
+) -> tuple[ExperimentConfig, Path]:
+    """A run on the same views, split otherwise: its experiment and its folder."""
+    values = make_experiment(epochs=1).model_dump(mode="json")
+    values["data"] |= {"training_set": str(folder / "training_set"), "split": values["data"]["split"] | split}
+    experiment = validate(ExperimentConfig, values, source="teacher")
+    build_training_set(training_set.schema, experiment.data)
+    train(experiment, schema(), folder / "run", progress=False)
+    return experiment, folder / "run"
+
+
+@pytest.mark.parametrize(
+    ("end", "message"),
+    [
+        (
+            "train_end",
+            (
+                "validation and test periods, but {teacher} was trained on the time until {theirs}, "
+                "the student is trained on the time until {own}"
+            ),
+        ),
+        (
+            "validation_end",
+            (
+                "test period, but {teacher} was validated on {begin} to {theirs}, "
+                "the student is validated on {begin} to {own}"
+            ),
+        ),
+    ],
+)
+def test_a_teacher_that_has_seen_what_the_student_is_judged_by_is_refused(
+    make_experiment: MakeExperiment, training_set: TrainingSet, tmp_path: Path, end: str, message: str
+) -> None:
+    later = SPLIT[end] + DAY // 2
+    _, teacher = taught_in(training_set, tmp_path / "later", make_experiment, **{end: later})
+    times = {"begin": iso(SPLIT["train_end"]), "theirs": iso(later), "own": iso(SPLIT[end])}
+
+    def is_refused() -> None:
+        with pytest.raises(ConfigError) as caught:
+            train(offline(make_experiment, teacher), schema(), tmp_path / "student", progress=False)
+        assert caught.value.message == (
+            f"distillation.teacher must know nothing of the student's {message.format(teacher=teacher, **times)}"
+        )
+        assert f"data.split.{end} {iso(SPLIT[end])} or earlier" in (caught.value.hint or "")
+        assert not (tmp_path / "student" / "config.json").exists(), "a mended experiment may use the folder"
+
+    is_refused()
+    # A run of before that did not note the periods of its training set says them in its experiment.
+    config = json.loads((teacher / "config.json").read_text())
+    del config["training_set"]["split"]
+    (teacher / "config.json").write_text(json.dumps(config))
+    is_refused()
+
+
+def test_a_teacher_that_ended_earlier_scores_the_days_since(
+    make_experiment: MakeExperiment, training_set: TrainingSet, tmp_path: Path
+) -> None:
+    ends = {"train_end": SPLIT["train_end"] - 2 * DAY, "validation_end": SPLIT["train_end"] - DAY}
+    experiment, folder = taught_in(training_set, tmp_path / "earlier", make_experiment, **ends)
+    train(offline(make_experiment, folder), schema(), tmp_path / "student", progress=False)
+    logits, teacher = TeacherLogits.open(folder, training_set), TrainedRun.load(folder)
+    theirs = TrainingSet.open(experiment.data.training_set)
+    rows = training_set.split("train").impressions.array(SOURCE_ROW)
+    for split in ("train", "validation", "test"):
+        wanted = predict(teacher.model, theirs, split)
+        mine = np.isin(wanted.source_row, rows)
+        assert mine.any()
+        assert mine.all() == (split != "test")
+        np.testing.assert_array_equal(logits.of_rows(wanted.source_row[mine]), wanted.logits[mine])
+
+
+def test_a_finished_student_is_finished_wherever_its_teacher_has_gone(
+    make_experiment: MakeExperiment, teacher_run: Path, tmp_path: Path
+) -> None:
+    teacher = tmp_path / "teacher"
+    shutil.copytree(teacher_run, teacher)
+    student = offline(make_experiment, teacher)
+    first = train(student, schema(), tmp_path / "student", progress=False)
+    teacher.rename(tmp_path / "moved")
+    again = train(student, schema(), tmp_path / "student", progress=False)
+    assert again.was_finished
+    assert again.test == first.test
+    with pytest.raises(ConfigError, match=r"must be the folder of a finished run"):
+        train(student, schema(), tmp_path / "student", progress=False, resume=False)
+    other = offline(make_experiment, tmp_path / "another")
+    with pytest.raises(ConfigError, match=r"must be the folder of a finished run"):
+        train(other, schema(), tmp_path / "student", progress=False)
+    (tmp_path / "student" / "summary.json").unlink()
+    with pytest.raises(ConfigError, match=r"must be the folder of a finished run"):
+        train(student, schema(), tmp_path / "student", progress=False)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"mode": "later"}, "distillation"),
-        ({"mode": "online", "teacher": {"kind": "dinn"}}, r"distillation\.online\.teacher|distillation\.teacher"),
-        ({"mode": "online", "teacher": TEACHER, "temperature": 0.0}, "temperature: must be greater than 0"),
-        ({"mode": "offline", "teacher": "x", "weight": -1.0}, "weight: must be greater than or equal to 0"),
+        ({"mode": "later"}, "distillation.mode: 'later' is not known"),
+        ({"teacher": TEACHER}, "distillation.mode: must be given"),
+        ({"mode": "online", "teacher": {"kind": "dinn"}}, "distillation.teacher.kind: 'dinn' is not known"),
+        (
+            {"mode": "online", "teacher": TEACHER, "temperature": 0.0},
+            "distillation.temperature: must be greater than 0",
+        ),
+        (
+            {"mode": "online", "teacher": TEACHER, "temprature": 3.0},
+            "distillation.temprature: did you mean 'temperature'",
+        ),
+        (
+            {"mode": "offline", "teacher": "x", "weight": -1.0},
+            "distillation.weight: must be greater than or equal to 0",
+        ),
+        (
+            {"mode": "offline", "teacher": TEACHER},
+            (
+                "distillation.teacher: must be the folder of a finished run where mode is 'offline', got a model; "
+                "write mode: online to train that model along with the student"
+            ),
+        ),
+        ({"mode": "online", "teacher": "runs/suan"}, 'distillation.teacher: must be a mapping, got "runs/suan"'),
     ],
 )
 def test_a_broken_config_names_its_field(changes: dict[str, Any], message: str) -> None:
     values = minimal({"kind": "din"}) | {"distillation": changes}
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(ConfigError) as caught:
         validate(ExperimentConfig, values, source="config")
+    assert message in str(caught.value)
 
 
 def test_a_student_learns_from_its_teacher_what_labels_do_not_tell_it() -> None:

@@ -27,7 +27,12 @@ from training.trainer import train
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
 
 
-def experiment(folder: Path, **training: Any) -> tuple[ExperimentConfig, Schema]:
+TEACHER = {"kind": "suan", "embedding_dim": 8, "hidden": [8], "num_layers": 1}
+
+
+def experiment(
+    folder: Path, *, distillation: dict[str, Any] | None = None, **training: Any
+) -> tuple[ExperimentConfig, Schema]:
     values = {
         "name": "sharded",
         "schema_file": "unused.yaml",
@@ -42,6 +47,7 @@ def experiment(folder: Path, **training: Any) -> tuple[ExperimentConfig, Schema]
             "selection": {"patience": 100},
         }
         | training,
+        "distillation": distillation,
         "tracking": {"enabled": False},
     }
     return validate(ExperimentConfig, values, source="test"), validate(Schema, SCHEMA, source="test")
@@ -117,8 +123,17 @@ def test_two_ray_workers_follow_one_process_for_100_steps(folder: Path, tmp_path
             "mini_batch_aware_l2": 5.0,
             "lr_schedule": {"kind": "cosine", "warmup_steps": 5},
         },
+        {
+            "distillation": {"mode": "online", "teacher": TEACHER},
+            "gradient_clip_norm": 0.1,
+        },
+        {
+            "distillation": {"mode": "online", "teacher": TEACHER},
+            "embedding_optimizer": {"kind": "adam", "lr": 0.01},
+            "gradient_clip_norm": 0.1,
+        },
     ],
-    ids=["adam", "lazy_adam", "fused"],
+    ids=["adam", "lazy_adam", "fused", "taught", "taught, adam"],
 )
 def test_two_ranks_follow_one_process_with_any_recipe(folder: Path, tmp_path: Path, settings: dict[str, Any]) -> None:
     config, schema = experiment(folder, **settings, epochs=2)

@@ -60,7 +60,15 @@ CASES: dict[str, Config] = {
     "twin projected": TWINConfig(
         embedding_dim=4, top_k=3, num_slots=6, hidden=(16,), auxiliary_hidden=(8,), projection=True, has_product=False
     ),
-    "sim hard": TWINConfig(embedding_dim=4, top_k=8, num_slots=6, hidden=(16,), auxiliary_weight=0, search="category"),
+    "sim hard": TWINConfig(
+        embedding_dim=4,
+        top_k=8,
+        num_slots=6,
+        hidden=(16,),
+        auxiliary_weight=0,
+        search="category",
+        category="item_id",
+    ),
     "eta": TWINConfig(embedding_dim=4, top_k=3, num_slots=6, hidden=(16,), auxiliary_hidden=(8,), search="hash"),
     "sdim": TWINConfig(
         embedding_dim=4, num_slots=6, hidden=(16,), auxiliary_weight=0, search="sampling", hash_bits=8, hash_width=2

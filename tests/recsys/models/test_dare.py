@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -48,7 +49,7 @@ VARIANTS: dict[str, DAREConfig | TWINConfig] = {
     "twin w/o tr": TWINConfig(**SMALL, has_product=False),
     "twin-4e": TWINConfig(**SMALL, tables="by_role_and_side"),
     "three embeddings": TWINConfig(**SMALL, tables="attention_by_side"),
-    "sim hard": TWINConfig(**SMALL, search="category"),
+    "sim hard": TWINConfig(**SMALL, search="category", category="item_id"),
     "eta": TWINConfig(**SMALL, search="hash", hash_bits=9),
     "sdim": TWINConfig(**{**SMALL, "auxiliary_weight": 0}, search="sampling", hash_bits=6, hash_width=2),
 }
@@ -85,7 +86,7 @@ def plain(features: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
 
 def expected_of(model: RankingModel, config: DAREConfig | TWINConfig, embedded: Embedded) -> tuple[Any, Any]:
     is_dare = isinstance(config, DAREConfig)
-    switches = {} if is_dare else {n: getattr(config, n) for n in ("search", "has_product", "hash_width")}
+    switches = {} if is_dare else {n: getattr(config, n) for n in ("search", "has_product", "hash_width", "category")}
     spec = schema()
     return reference.dare(
         plain(embedded.request),
@@ -289,11 +290,50 @@ def test_the_initialisation_of_the_code_spares_biases_alone() -> None:
             {"search": "sampling", "auxiliary_weight": 0.0, "hash_width": 5},
             "hash_bits must be a multiple of hash_width, got 32 and 5",
         ),
+        (
+            TWINConfig,
+            {"search": "hash", "category": "brand"},
+            "category must not be given where search is 'hash', got 'brand'",
+        ),
     ],
 )
 def test_a_broken_config_names_its_field(kind: Any, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         validate(kind, changes, source="config")
+
+
+@pytest.mark.parametrize("category", ["item_id", "category"])
+def test_events_of_the_candidates_category_come_first_and_the_newest_of_each_before_others(category: str) -> None:
+    one_history = validate(Schema, {**SCHEMA, "histories": SCHEMA["histories"][:1]}, source="one history")
+    model = build_twin(TWINConfig(**SMALL, search="category", category=category), one_history, TABLE_SIZES)
+    for table in model.lookup.parameters():
+        nn.init.normal_(table)
+    batch = random_batch(6, seed=12)
+    events, offsets = batch.histories["clicked"].features[category], batch.histories["clicked"].offsets.tolist()
+    candidates = batch.item[category]
+    assert isinstance(events, Tensor)
+    assert isinstance(candidates, Tensor)
+    oldest = torch.tensor(offsets)[batch.request_of_row].clamp(max=len(events) - 1)
+    candidates[:] = events[oldest]
+    embedded = model.lookup(replace(batch, histories={"clicked": batch.histories["clicked"]}))
+    network: Any = model.network
+    search = network.histories[0]._newest_of_category(embedded, batch.request_of_row)
+    num_alike = 0
+    for row, request in enumerate(batch.request_of_row.tolist()):
+        ids = events[offsets[request] : offsets[request + 1]].tolist()
+        wanted = sorted(range(len(ids)), key=lambda j: (ids[j] == candidates[row], j), reverse=True)
+        assert search[row, : len(ids)].argsort(descending=True).tolist() == wanted
+        num_alike += ids.count(int(candidates[row]))
+    assert num_alike > 10
+
+
+@pytest.mark.parametrize("category", [None, "tags", "hour", "cateogry"])
+def test_a_category_that_the_history_does_not_have_is_refused_with_the_choices(category: str | None) -> None:
+    config = TWINConfig(**SMALL, search="category", category=category)
+    got = "none" if category is None else repr(category)
+    with pytest.raises(SchemaError, match=f"one value each of history 'clicked' .* got {got}") as caught:
+        build_twin(config, schema(), TABLE_SIZES)
+    assert caught.value.hint == "it has item_id, category"
 
 
 def test_a_schema_that_cannot_be_searched_is_refused() -> None:
