@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import polars as pl
 import pytest
 import torch
 from torch import Tensor
 
-from feature_store.build import build_training_set
+from feature_store.build import DataConfig, build_training_set
 from feature_store.time_spans import iso
 from recsys.artifact import Artifact
 from recsys.config import validate
@@ -493,3 +494,125 @@ def test_a_student_learns_from_its_teacher_what_labels_do_not_tell_it() -> None:
             return float((torch.sigmoid(student(test)).squeeze(1) - torch.sigmoid(test @ truth)).square().mean())
 
     assert error_after(4.0) < 0.5 * error_after(0.0)
+
+
+PLANTED_START, PLANTED_DAY = 1_700_000_000_000_000, 86_400_000_000
+
+
+def planted_schema() -> Schema:
+    """An item is its category, a user what categories the past events had."""
+    return validate(
+        Schema,
+        {
+            "name": "taught",
+            "views": {
+                "impressions": {"user": "user_id", "item": "item_id", "time": "time"},
+                "events": {"user": "user_id", "item": "item_id", "time": "time"},
+                "items": {"path": "items.parquet", "key": "item_id"},
+            },
+            "features": [
+                {
+                    "name": "hour",
+                    "kind": "categorical",
+                    "scope": "context",
+                    "column": "time",
+                    "encoder": {"kind": "hour_of_day"},
+                },
+                {"name": "category", "kind": "categorical", "scope": "item"},
+            ],
+            "histories": [{"name": "seen", "max_length": 8, "attributes": ["category"]}],
+            "tasks": [{"name": "click", "label": "is_click"}],
+        },
+        source="taught",
+    )
+
+
+def build_planted(folder: Path, seed: int) -> DataConfig:
+    """500 users like 3 of 20 categories each, which four of five of their events are of, and click those.
+
+    The labels are few (8,000 with validation and test) and noisy: a liked category is clicked with .75, another with
+    .25. About half of the impressions are of liked categories.
+    """
+    generator = np.random.default_rng(seed)
+    users, items, categories, events, rows = 500, 100, 20, 12, 8000
+    category = np.arange(items) % categories
+    likes = np.stack([generator.permutation(categories)[:3] for _ in range(users)])
+
+    def liked_or_any(user: np.ndarray, share: float) -> np.ndarray:
+        chosen = likes[user, generator.integers(0, 3, len(user))]
+        liked = chosen + categories * generator.integers(0, items // categories, len(user))
+        return np.where(generator.random(len(user)) < share, liked, generator.integers(0, items, len(user)))
+
+    views = folder / "views"
+    views.mkdir(parents=True)
+    names = [f"c{c}" for c in category]
+    pl.DataFrame({"item_id": np.arange(items), "category": names}).write_parquet(views / "items.parquet")
+    user = np.repeat(np.arange(users), events)
+    time = PLANTED_START + generator.integers(0, PLANTED_DAY, len(user))
+    pl.DataFrame({"user_id": user, "item_id": liked_or_any(user, 0.8), "time": time}).write_parquet(
+        views / "events.parquet"
+    )
+    user = generator.integers(0, users, rows)
+    item = liked_or_any(user, 0.35)
+    probability = np.where((likes[user] == category[item][:, None]).any(1), 0.75, 0.25)
+    time = np.sort(PLANTED_START + generator.integers(PLANTED_DAY, 10 * PLANTED_DAY, rows))
+    clicked = (generator.random(rows) < probability).astype(np.int64)
+    pl.DataFrame({"user_id": user, "item_id": item, "time": time, "is_click": clicked}).write_parquet(
+        views / "impressions.parquet"
+    )
+    data = {"views": str(views), "training_set": str(folder / "training_set"), "split": SPLIT}
+    config = validate(DataConfig, data, source="planted")
+    build_training_set(planted_schema(), config)
+    return config
+
+
+def auc_alone_and_taught(folder: Path, seed: int) -> dict[str, float]:
+    """Test AUC of a mean-pooling student alone, the same taught by a DARE, and that teacher.
+
+    Each at the best of 10 epochs by the student's validation AUC.
+    """
+    found = {}
+    experiment = {
+        "name": "planted",
+        "schema_file": "schema.yaml",
+        "data": build_planted(folder, seed).model_dump(mode="json"),
+        "model": {"kind": "din", "pooling": "mean", "embedding_dim": 8, "hidden": [32, 16]},
+        "training": {
+            "epochs": 10,
+            "batch_size": 64,
+            "seed": seed,
+            "num_threads": 1,
+            "device": "cpu",
+            "embedding_optimizer": {"kind": "adam", "lr": 0.02},
+            "dense_optimizer": {"kind": "adam", "lr": 0.005},
+            "selection": {"patience": None},
+        },
+        "tracking": {"enabled": False},
+    }
+    teacher = {"kind": "dare", "embedding_dim": 16, "hidden": [32]}
+    online = {"mode": "online", "teacher": teacher, "temperature": 1.0, "weight": 8.0}
+    for name, distillation in (("alone", None), ("taught", online)):
+        config = validate(ExperimentConfig, experiment | {"distillation": distillation}, source=name)
+        result = train(config, planted_schema(), folder / name, progress=False)
+        assert result.test is not None
+        found[name] = float(result.test["click"]["auc"])
+        if result.teacher is not None:
+            found["teacher"] = float(result.teacher["test"]["click"]["auc"])
+    return found
+
+
+@pytest.mark.slow
+def test_a_light_student_learns_from_a_teacher_with_attention_what_it_does_not_learn_alone(tmp_path: Path) -> None:
+    """Few noisy labels: a mean of events hardly learns which categories match; attention does, and passes it on.
+
+    Models, data and training are what a real run has. The setting (models, weight, learning rates, epochs) was chosen
+    with seeds 1 to 3, where the gains were .052, .040 and .058; in 20 epochs the student alone got no further (seeds 1
+    and 2). What is held is seeds 11 to 14, of data and training alike: .028 on average, with a standard deviation of
+    .013, when this was written.
+    """
+    runs = [auc_alone_and_taught(tmp_path / str(seed), seed) for seed in range(11, 15)]
+    alone, taught, teacher = (np.array([run[name] for run in runs]) for name in ("alone", "taught", "teacher"))
+    gains = taught - alone
+    assert teacher.mean() > alone.mean(), runs
+    assert gains.min() > 0, runs
+    assert gains.mean() > max(0.015, gains.std(ddof=1)), runs

@@ -362,35 +362,43 @@ def users_of_habits(users: int, seed: int, *, short: float) -> tuple[Batch, Tens
     return batch, labels, lengths
 
 
-def gains_of_the_contrastive_loss(seed: int) -> dict[str, float]:
-    """What the loss adds to the AUC of users of whom one to three events are known (short), and 20 (long)."""
+def planted_gate(seed: int, table_size: int, **changes: Any) -> RankingModel:
+    """A small AW-MoE whose gate reads the history alone: the one page is its anchor."""
+    config = AWMoEConfig(
+        embedding_dim=8,
+        group_hidden=(16,),
+        attention_hidden=(16,),
+        expert_hidden=(32, 16),
+        gate_hidden=(16,),
+        activation_hidden=(16,),
+        anchor="query",
+        **changes,
+    )
+    torch.manual_seed(seed)
+    model = build_aw_moe(config, PLANTED, {"i": table_size, "page": 3}).train()
+    for table in model.lookup.parameters():
+        nn.init.normal_(table, std=0.1)
+    return model
+
+
+def take_step(model: RankingModel, optimizer: torch.optim.Optimizer, batch: Batch) -> None:
+    assert batch.labels is not None
+    optimizer.zero_grad()
+    Objective(PLANTED, {})(model(batch), batch.labels, batch.num_rows).backward()
+    optimizer.step()
+
+
+def gains_where_histories_are_cut(seed: int) -> dict[str, float]:
+    """What the loss adds to the AUC of users of whom one to three events are scored by (short), or 20 (long)."""
     train, _, _ = users_of_habits(6000, 1, short=0.0)
     batches = [train.select_requests(torch.arange(start, start + 300)) for start in range(0, 6000, 300)]
     test, labels, lengths = users_of_habits(4000, 2, short=0.5)
     gains: dict[str, float] = {}
     for weight in (0.0, 0.5):
-        config = AWMoEConfig(
-            embedding_dim=8,
-            group_hidden=(16,),
-            attention_hidden=(16,),
-            expert_hidden=(32, 16),
-            gate_hidden=(16,),
-            activation_hidden=(16,),
-            anchor="query",
-            contrastive_weight=weight,
-            mask_probability=0.9,
-        )
-        torch.manual_seed(seed)
-        model = build_aw_moe(config, PLANTED, {"i": NUM_ITEMS + 2, "page": 3}).train()
-        for table in model.lookup.parameters():
-            nn.init.normal_(table, std=0.1)
-        optimizer, objective = torch.optim.Adam(model.parameters(), lr=0.005), Objective(PLANTED, {})
+        model = planted_gate(seed, NUM_ITEMS + 2, contrastive_weight=weight, mask_probability=0.9)
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.005)
         for step in range(300):
-            batch = batches[step % len(batches)]
-            assert batch.labels is not None
-            optimizer.zero_grad()
-            objective(model(batch), batch.labels, batch.num_rows).backward()
-            optimizer.step()
+            take_step(model, optimizer, batches[step % len(batches)])
         with torch.no_grad():
             logits = model.eval()(test)[:, 0].numpy()
         for name, rows in (("short", (lengths < 4).numpy()), ("long", (lengths == 20).numpy())):
@@ -400,14 +408,94 @@ def gains_of_the_contrastive_loss(seed: int) -> dict[str, float]:
 
 
 @pytest.mark.slow
-def test_the_contrastive_loss_helps_users_of_short_histories() -> None:
-    """Trained on long histories alone, scored where one to three events are known: what thinning prepares the gate for.
+def test_the_contrastive_loss_makes_the_gate_robust_to_cut_histories() -> None:
+    """Every user has 20 events in training; half of them are cut to one to three when they are scored, and only then.
 
-    The gain is larger there than where 20 events are known. A single run may say otherwise: what is held is the mean
-    over seeds 0, 1 and 2. The setting (a high share of events dropped, no short history in training) was chosen so that
-    the loss can matter, with these seeds in view: it shows what the loss can do, not what it does on other data.
+    The gain is larger there than where all 20 are known. It shows robustness to a change between training and scoring,
+    not help for users who have short histories in both: for that see the next test. The setting (a high share of events
+    dropped) was chosen with the seeds 0, 1 and 2 in view; what is held is their mean.
     """
-    runs = [gains_of_the_contrastive_loss(seed) for seed in range(3)]
+    runs = [gains_where_histories_are_cut(seed) for seed in range(3)]
     short, long = (sum(gains[name] for gains in runs) / len(runs) for name in ("short", "long"))
     assert short > 0.02, runs
     assert short > long + 0.02, runs
+
+
+NUM_GROUPS, NUM_HISTORY_ITEMS, NUM_CANDIDATES = 8, 400, 20
+
+
+def mostly_short_histories(users: int, seed: int, *, impressions: int) -> tuple[Batch, np.ndarray, np.ndarray]:
+    """Users of eight groups: one in ten has 20 events, the others one to three; all have as many impressions.
+
+    The group decides which of 400 items a user's events are (its own fifty, now and then another) and which of 20
+    other items, the candidates, the user clicks (with .85, else .15). So what is to be learnt is the group of each of
+    400 items: labels tell it slowly, but in the few long histories items of a group stand side by side.
+
+    Returns:
+        The batch, its labels (N,), and of each row how many events are known.
+    """
+    drawn, fixed = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(99)
+    likes = torch.rand(NUM_GROUPS, NUM_CANDIDATES, generator=fixed) < 0.5
+    group = torch.randint(0, NUM_GROUPS, (users,), generator=drawn)
+    is_own = torch.arange(NUM_HISTORY_ITEMS) % NUM_GROUPS == group.unsqueeze(1)
+    events = torch.multinomial(torch.where(is_own, 1.0, 0.02), 20, replacement=True, generator=drawn)
+    is_long = torch.rand(users, generator=drawn) < 0.1
+    lengths = torch.where(is_long, 20, torch.randint(1, 4, (users,), generator=drawn))
+    user = torch.arange(users).repeat_interleave(impressions)
+    candidate = torch.randint(0, NUM_CANDIDATES, (len(user),), generator=drawn)
+    labels = (torch.rand(len(user), generator=drawn) < torch.where(likes[group[user], candidate], 0.85, 0.15)).float()
+    kept = torch.arange(20) < lengths[user].unsqueeze(1)
+    history = HistoryBatch(
+        torch.cat([torch.zeros(1, dtype=torch.int64), lengths[user].cumsum(0)]),
+        torch.zeros(int(kept.sum()), dtype=torch.int64),
+        {"i": (events[user] + NUM_CANDIDATES + 2)[kept]},
+    )
+    batch = Batch(
+        torch.arange(len(user)),
+        torch.zeros(len(user), dtype=torch.int64),
+        {},
+        {"page": torch.ones(len(user), dtype=torch.int64)},
+        {"i": candidate + 2},
+        {},
+        {"h": history},
+        labels.unsqueeze(1),
+        user_row=user + 1,
+    )
+    return batch, labels.numpy(), lengths[user].numpy()
+
+
+def auc_of_short_histories(seed: int, **contrastive: float) -> float:
+    """Test AUC of users of one to three events, at the epoch (of 15) of the best validation AUC of all users."""
+    train, _, _ = mostly_short_histories(2000, 10 * seed + 1, impressions=2)
+    validation, validation_labels, _ = mostly_short_histories(2000, 10 * seed + 2, impressions=1)
+    test, test_labels, lengths = mostly_short_histories(6000, 10 * seed + 3, impressions=1)
+    assert (lengths <= 3).mean() > 0.85
+    model = planted_gate(seed, NUM_HISTORY_ITEMS + NUM_CANDIDATES + 2, **contrastive)
+    optimizer, best, found = torch.optim.Adam(model.parameters(), lr=0.005), 0.0, 0.0
+    for _ in range(15):
+        model.train()
+        for requests in torch.randperm(train.num_rows).split(250):
+            take_step(model, optimizer, train.select_requests(requests))
+        model.eval()
+        with torch.no_grad():
+            value = auc(validation_labels, model(validation)[:, 0].numpy())
+            if value > best:
+                best = value
+                found = auc(test_labels[lengths <= 3], model(test)[:, 0].numpy()[lengths <= 3])
+    return found
+
+
+@pytest.mark.slow
+def test_the_contrastive_loss_helps_users_of_short_histories_where_most_have_them() -> None:
+    """Few users have long histories and most have short ones, in training and in scoring: the short ones gain.
+
+    Both models are taken at their best epoch by validation. A user's two impressions are often in one batch: they are
+    no negatives of each other. Data and setting (weight, share of events dropped, epochs) were chosen with seeds 1 to
+    3, where the gains were .046, .049 and .066; what is held is seeds 11 to 14.
+    """
+    gains = []
+    for seed in range(11, 15):
+        alone = auc_of_short_histories(seed)
+        gains.append(auc_of_short_histories(seed, contrastive_weight=0.5, mask_probability=0.5) - alone)
+    assert min(gains) > 0, gains
+    assert sum(gains) / len(gains) > 0.03, gains
