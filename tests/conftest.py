@@ -91,3 +91,15 @@ def dataset(data_root: Path) -> Callable[[str], Path]:
         return data_root / name
 
     return folder_of
+
+
+@pytest.fixture(params=["lmdb", pytest.param("redis", marks=pytest.mark.server)])
+def location(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """Where an online store may be, of each kind; nothing is there yet."""
+    from tests.redis_server import redis_server
+
+    if request.param == "lmdb":
+        yield f"lmdb:{tmp_path / 'online'}"
+        return
+    with redis_server(tmp_path / "redis") as url:
+        yield url

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,18 +22,8 @@ from recsys.predictor import Predictor
 from recsys.training_set import TIME
 from serving.online_features import OnlineFeatures
 from serving.scorer import Scorer
-from tests.redis_server import redis_server
 from tests.serving.conftest import World
 from tests.training_sets import build_synthetic
-
-
-@pytest.fixture(params=["lmdb", pytest.param("redis", marks=pytest.mark.server)])
-def location(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
-    if request.param == "lmdb":
-        yield f"lmdb:{tmp_path / 'online'}"
-        return
-    with redis_server(tmp_path / "redis") as url:
-        yield url
 
 
 def filled(world: World, location: str, **limits: Any) -> OnlineStore:

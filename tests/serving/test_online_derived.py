@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,6 @@ from serving.online_features import OnlineFeatures
 from serving.request import RequestParser
 from tests.feature_store.derived_views import CONTEXT, DERIVED, make, mapping
 from tests.feature_store.small_views import DAY, START, build, config, schema_mapping, write_views
-from tests.redis_server import redis_server
 
 MORE: list[dict[str, Any]] = [
     {"name": "pair_dwell", "kind": "sum", "by": ["item", "user"], "value": "dwell", "window": "4d"},
@@ -61,15 +60,6 @@ def derived_schema(**changes: Any) -> Schema:
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> TrainingSet:
     return build(tmp_path_factory.mktemp("derived"), make(2), derived_schema())
-
-
-@pytest.fixture(params=["lmdb", pytest.param("redis", marks=pytest.mark.server)])
-def location(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
-    if request.param == "lmdb":
-        yield f"lmdb:{tmp_path / 'online'}"
-        return
-    with redis_server(tmp_path / "redis") as url:
-        yield url
 
 
 def opened(training_set: TrainingSet, location: str, **limits: Any) -> OnlineStore:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -21,7 +20,6 @@ from recsys.cli import app
 from recsys.training_set import TrainingSet
 from tests.feature_store.derived_views import make
 from tests.feature_store.small_views import DAY, START, build
-from tests.redis_server import redis_server
 from tests.serving.test_online_derived import assemble, derived_schema, filled
 from tests.training_sets import build_synthetic
 
@@ -36,15 +34,6 @@ def training_set(tmp_path_factory: pytest.TempPathFactory) -> TrainingSet:
 @pytest.fixture(scope="module")
 def derived_set(tmp_path_factory: pytest.TempPathFactory) -> TrainingSet:
     return build(tmp_path_factory.mktemp("derived"), make(2), derived_schema())
-
-
-@pytest.fixture(params=["lmdb", pytest.param("redis", marks=pytest.mark.server)])
-def location(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
-    if request.param == "lmdb":
-        yield f"lmdb:{tmp_path / 'online'}"
-        return
-    with redis_server(tmp_path / "redis") as url:
-        yield url
 
 
 @pytest.fixture

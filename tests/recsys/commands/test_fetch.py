@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,6 @@ from feature_store.online.store import Limits, OnlineStore
 from recsys.cli import app
 from recsys.training_set import TrainingSet
 from tests.feature_store.small_views import build, make_schema, make_views
-from tests.redis_server import redis_server
 from tests.training_sets import build_synthetic
 
 LATER = 1_800_000_000_000_000
@@ -26,15 +25,6 @@ LATER = 1_800_000_000_000_000
 @pytest.fixture(scope="module")
 def training_set(tmp_path_factory: pytest.TempPathFactory) -> TrainingSet:
     return build_synthetic(tmp_path_factory.mktemp("fetch"), num_requests=120, seed=5)
-
-
-@pytest.fixture(params=["lmdb", pytest.param("redis", marks=pytest.mark.server)])
-def location(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
-    if request.param == "lmdb":
-        yield f"lmdb:{tmp_path / 'online'}"
-        return
-    with redis_server(tmp_path / "redis") as url:
-        yield url
 
 
 @pytest.fixture
