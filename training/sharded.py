@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder, ShardedEmbeddingBagCollection
-from torchrec.distributed.model_parallel import DistributedModelParallel
+from torchrec.distributed.model_parallel import DefaultDataParallelWrapper, DistributedModelParallel
 from torchrec.distributed.sharding_plan import construct_module_sharding_plan, row_wise
 from torchrec.distributed.types import ModuleSharder, ShardingPlan
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
@@ -63,8 +63,8 @@ class ShardedProcesses:
     ) -> Prepared:
         """Shards every table by rows, replicates the rest, and builds the optimizers.
 
-        Tables whose optimizer is not fused are replicated, not sharded: every rank holds them whole, and their
-        gradients are averaged like all others.
+        Tables whose optimizer is not fused are replicated, not sharded: every rank holds them whole. Dense gradients
+        are averaged like all others, sparse ones by :meth:`average_sparse`.
         """
         if not isinstance(embedding, FusedConfig):
             return self._replicated(model, embedding, dense)
@@ -106,7 +106,15 @@ class ShardedProcesses:
             table_parameters(model), model, embedding
         )  # before the wrapper looks for sparse ones
         synchronise_moments(model)
-        parallel = DistributedModelParallel(model, device=self.device, plan=ShardingPlan({}), sharders=[])
+        sparse = list(table_parameters(model)) if isinstance(embedding, LazyAdamConfig) else []
+        parallel = DistributedModelParallel(
+            model,
+            device=self.device,
+            plan=ShardingPlan({}),
+            sharders=[],
+            # gloo's all-reduce of sparse tensors corrupts the heap, in torch 2.13; NCCL has none.
+            data_parallel_wrapper=DefaultDataParallelWrapper(params_to_ignore=sparse),
+        )
         tables, parameters = table_parameters(model), dense_parameters(model)
         optimizer = CombinedOptimizer([("tables", of_tables), ("dense", dense_optimizer(dense, parameters))])
         return Prepared(parallel, optimizer, parameters, tables, rows_of_tables(model))
@@ -117,18 +125,39 @@ class ShardedProcesses:
         dist.all_reduce(total)
         return total
 
+    def average_sparse(self, tables: Iterable[nn.Parameter]) -> None:
+        """Every rank's rows, put together and divided by the number of ranks: three exchanges for all tables."""
+        tables = [p for p in tables if p.grad is not None and p.grad.is_sparse]
+        if not tables:
+            return
+        gradients = [p.grad.coalesce() for p in tables]  # type: ignore[union-attr]
+        counts = self._gather(torch.tensor([g.values().shape[0] for g in gradients], device=self.device))
+        rows = self._gather(torch.cat([g.indices()[0] for g in gradients]))
+        values = self._gather(torch.cat([g.values().flatten() for g in gradients]))
+        rows_of = [r.split(c.tolist()) for r, c in zip(rows, counts, strict=True)]
+        widths = torch.tensor([p.shape[1] for p in tables], device=self.device)
+        values_of = [v.split((c * widths).tolist()) for v, c in zip(values, counts, strict=True)]
+        for index, p in enumerate(tables):
+            p.grad = torch.sparse_coo_tensor(
+                torch.cat([of[index] for of in rows_of])[None],
+                torch.cat([of[index] for of in values_of]).view(-1, p.shape[1]) / self.world,
+                p.shape,
+            ).coalesce()
+
     def all_gather(self, rows: np.ndarray) -> list[np.ndarray]:
         """Every rank's array."""
+        return [g.cpu().numpy() for g in self._gather(torch.from_numpy(np.ascontiguousarray(rows)).to(self.device))]
+
+    def _gather(self, rows: Tensor) -> list[Tensor]:
+        """Every rank's tensor; the first dimension may differ."""
         sizes = [torch.zeros(1, dtype=torch.int64, device=self.device) for _ in range(self.world)]
         dist.all_gather(sizes, torch.tensor([len(rows)], device=self.device))
         longest = max(int(s) for s in sizes)
-        padded = torch.zeros(
-            (longest, *rows.shape[1:]), dtype=torch.from_numpy(rows[:0].copy()).dtype, device=self.device
-        )
-        padded[: len(rows)] = torch.from_numpy(np.ascontiguousarray(rows))
+        padded = rows.new_zeros((longest, *rows.shape[1:]))
+        padded[: len(rows)] = rows
         gathered = [torch.empty_like(padded) for _ in range(self.world)]
         dist.all_gather(gathered, padded)
-        return [g[: int(s)].cpu().numpy() for g, s in zip(gathered, sizes, strict=True)]
+        return [g[: int(s)] for g, s in zip(gathered, sizes, strict=True)]
 
     def barrier(self) -> None:
         """Waits for every rank."""

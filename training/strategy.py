@@ -5,6 +5,7 @@ The trainer is written against :class:`Strategy`. :class:`SingleProcess` is the 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -76,6 +77,14 @@ class Strategy(Protocol):
         """Places the model, fuses or shards its tables, and builds its optimizers. The model given is used up."""
         ...
 
+    def average_sparse(self, tables: Iterable[nn.Parameter]) -> None:
+        """Averages the sparse gradients of tables over ranks; the backward pass has averaged all others.
+
+        Args:
+            tables: the same on every rank, in the same order; their gradients are replaced, coalesced.
+        """
+        ...
+
     def all_sum(self, values: Tensor) -> Tensor:
         """Element-wise sum over ranks, on every rank."""
         ...
@@ -122,6 +131,9 @@ class SingleProcess:
         parameters = dense_parameters(model)
         optimizer = CombinedOptimizer([("tables", of_tables), ("dense", dense_optimizer(dense, parameters))])
         return Prepared(model, optimizer, parameters, tables, rows_of_tables(model))
+
+    def average_sparse(self, tables: Iterable[nn.Parameter]) -> None:
+        """Nothing to average."""
 
     def all_sum(self, values: Tensor) -> Tensor:
         """The values themselves."""

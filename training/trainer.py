@@ -438,6 +438,7 @@ class Trainer:
         if self._decay is not None:
             self._decay.apply(batch, self._config.embedding_optimizer.lr * factor)
         (loss * self._strategy.loss_scale).backward()  # updates the tables whose optimizer is fused
+        self._strategy.average_sparse(self._tables.values())
         if self._config.embedding_l2:
             add_l2(self._tables.values(), self._config.embedding_l2)
         if self._config.dense_l2:
