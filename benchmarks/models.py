@@ -17,16 +17,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import sys
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
+from benchmarks.costs import parameters, step_ms
 from benchmarks.machine import machine_record
 from benchmarks.simulated import ROOT
 from recsys.batch import Batch
@@ -38,11 +36,8 @@ from recsys.schema import Schema
 from recsys.training_set import TrainingSet, label_column
 from training.baselines import item_popularity, true_probabilities
 from training.data import BatchLoader
-from training.distill import build_training_model
 from training.experiment import ExperimentConfig
-from training.objective import Objective
 from training.run import TrainedRun
-from training.strategy import SingleProcess
 from training.sweep import Arm, Spread, run_sweep
 from training.timing import scoring_ms
 
@@ -185,7 +180,8 @@ def _figures(
     models = {
         name: TrainedRun.load(next(iter(arm["seeds"].values()))["run"]).model for name, arm in table["arms"].items()
     }
-    times, steps = scoring_ms(models, request), step_ms(arms, training_set)
+    batch = next(iter(BatchLoader(training_set, "train", arms[0].experiment.training.batch_size, prefetch=0)))
+    times, steps = scoring_ms(models, request), step_ms(arms, training_set, [batch])
     rows = {
         name: _row(arm, task, models[name], ceiling.auc) | {"scoring_ms": times[name], "step_ms": steps[name]}
         for name, arm in table["arms"].items()
@@ -201,55 +197,7 @@ def _figures(
     }
 
 
-def step_ms(arms: Sequence[Arm], training_set: TrainingSet, *, repeats: int = 7) -> dict[str, float]:
-    """Median time of a training step of each experiment on the same batch, in one thread, the experiments in turn.
-
-    Args:
-        arms: a step is the trainer's: forward, backward with the tables' optimizer, step of the network's.
-        training_set: theirs; the batch is of its first requests, of the experiments' size.
-        repeats: that count; one more comes first.
-
-    Returns:
-        Milliseconds by name.
-    """
-    times: dict[str, list[float]] = {arm.name: [] for arm in arms}
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        steps = {arm.name: _step(arm, training_set) for arm in arms}
-        for repeat in range(repeats + 1):
-            for name, step in steps.items():
-                began = time.perf_counter()
-                step()
-                if repeat > 0:
-                    times[name].append((time.perf_counter() - began) * 1e3)
-    finally:
-        torch.set_num_threads(threads)
-    return {name: statistics.median(values) for name, values in times.items()}
-
-
-def _step(arm: Arm, training_set: TrainingSet) -> Callable[[], None]:
-    """Takes one step of a new model of the experiment, always on the same batch."""
-    config = arm.experiment.training
-    with torch.random.fork_rng([]):
-        torch.manual_seed(config.seed)
-        model = build_training_model(arm.experiment, arm.schema, training_set)
-    network, optimizer, *_ = SingleProcess("cpu").prepare(model, config.embedding_optimizer, config.dense_optimizer)
-    objective = Objective(arm.schema, config.task_weights)
-    loaded = next(iter(BatchLoader(training_set, "train", config.batch_size, prefetch=0)))
-    network.train()
-
-    def step() -> None:
-        assert loaded.batch.labels is not None
-        optimizer.zero_grad()
-        objective(network(loaded.batch), loaded.batch.labels, loaded.num_rows).backward()
-        optimizer.step()
-
-    return step
-
-
 def _row(arm: Mapping[str, Any], task: str, model: RankingModel, ceiling: float) -> dict[str, Any]:
-    tables = sum(p.numel() for p in model.lookup.parameters())
     runs = [one["test"][task]["auc"] for one in arm["seeds"].values()]
     spread = Spread.of(runs)
     return {
@@ -259,9 +207,7 @@ def _row(arm: Mapping[str, Any], task: str, model: RankingModel, ceiling: float)
         "to_ceiling": ceiling - spread.mean,
         "logloss": arm["test"][task]["logloss"]["mean"],
         "best_epochs": [one["best_epoch"] for one in arm["seeds"].values()],
-        "network_parameters": sum(p.numel() for p in model.network.parameters()),
-        "table_parameters": tables,
-    }
+    } | parameters(model)
 
 
 def markdown(found: Mapping[str, Any]) -> str:
