@@ -7,7 +7,8 @@ objective is a sum over the global batch, so that the ranks together take the ve
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -93,7 +94,7 @@ class ShardedProcesses:
             _even_bags(module)
         in_tables = {id(p) for module in sharded for p in module.parameters()}
         parameters = {name: p for name, p in parallel.named_parameters() if id(p) not in in_tables}
-        combined = CombinedOptimizer(
+        combined = _NamedAsInOneProcess(
             [("tables", parallel.fused_optimizer), ("dense", dense_optimizer(dense, parameters))]
         )
         return Prepared(parallel, combined, parameters, {}, _held_rows(parallel, weights))
@@ -162,6 +163,36 @@ class ShardedProcesses:
     def barrier(self) -> None:
         """Waits for every rank."""
         dist.barrier()
+
+
+class _NamedAsInOneProcess(CombinedOptimizer):
+    """Names the state of sharded tables as that of whole ones is named, so that a checkpoint fits any number of ranks.
+
+    TorchRec 1.8 says ``PATH.embedding_bags.TABLE.weight: {TABLE.momentum1: ...}`` here and ``PATH.TABLE.weight:
+    {TABLE.weight.momentum_1: ...}`` there. The values are whole tensors and shards of them, which checkpoints cut anew.
+    """
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state by the names of one process."""
+        return {"state": dict(map(_named_as_in_one_process, *zip(*super().state_dict()["state"].items(), strict=True)))}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Takes what :meth:`state_dict` gives."""
+        native = {}
+        for name, values in super().state_dict()["state"].items():
+            portable, renamed = _named_as_in_one_process(name, values)
+            found = state_dict["state"][portable]
+            native[name] = {inner: found[outer] for inner, outer in zip(values, renamed, strict=True)}
+        super().load_state_dict({"state": native})
+
+
+def _named_as_in_one_process(name: str, values: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The name of a parameter's state, and what it holds by name."""
+    path, found, table = name.removesuffix(".weight").rpartition(".embedding_bags.")
+    if not found:
+        return name, dict(values)
+    moment = re.compile(rf"{re.escape(table)}\.momentum(\d+)")
+    return f"{path}.{table}.weight", {moment.sub(rf"{table}.weight.momentum_\1", key): v for key, v in values.items()}
 
 
 def _fill_shards(parallel: nn.Module, weights: dict[str, Tensor]) -> None:

@@ -609,12 +609,11 @@ class Trainer:
             return evaluate(self._predict(split, stop))
 
     def _predict(self, split: str, stop: _StopSignals | None = None) -> Predictions:
-        """Scores a split. If the process is told to stop, it does so between batches, with the epoch's steps saved."""
+        """Scores a split. Told to stop, all processes do so after the same batch, with the epoch's steps saved."""
 
         def advance(num_rows: int) -> None:
             self._display.advance(num_rows)
-            # Several processes stop together, once all have scored.
-            if stop is not None and stop.is_set and self._strategy.world == 1:
+            if stop is not None and any(self._agreed(stop.is_set)):
                 self._save()
                 self._stop(stop)
 

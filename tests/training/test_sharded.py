@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import os
+import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +22,11 @@ from recsys.schema import Schema
 from recsys.training_set import TrainingSet
 from tests.synthetic import SCHEMA, SPLIT
 from tests.training_sets import build_synthetic
+from training.checkpoint import CheckpointStore
+from training.data import BatchLoader, LoadedBatch
 from training.experiment import ExperimentConfig
 from training.run import RunFolder
-from training.trainer import train
+from training.trainer import Trainer, train
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
 
@@ -153,6 +157,64 @@ def _train_two(tmp_path: Path, folder: Path, settings: dict[str, Any]) -> None:
 
     config, schema = experiment(folder, **settings, epochs=2)
     train_rank(config, schema, tmp_path / "two", ShardedProcesses(), display=TrainingDisplay(enabled=False))
+
+
+@pytest.mark.parametrize("optimizer", ["adagrad", "rowwise_adagrad", "sgd", "lazy_adam"])
+def test_two_ranks_told_to_stop_while_they_score_stop_together_and_one_goes_on(
+    folder: Path, tmp_path: Path, optimizer: str
+) -> None:
+    settings = {"embedding_optimizer": {"kind": optimizer, "lr": 0.05}, "epochs": 2, "evaluation_batch_size": 8}
+    config, schema = experiment(folder, **settings)
+    train(config, schema, tmp_path / "one", progress=False)
+    RunFolder(tmp_path / "two").begin(config, schema, TrainingSet.open(folder / "training_set"), resume=True)
+    in_processes(_stopped_while_scoring, 2, tmp_path, folder, settings)
+    store = CheckpointStore(tmp_path / "two" / "checkpoints")
+    assert len(losses(tmp_path / "two")) == int(str(store.latest)[5:]) == len(losses(tmp_path / "one")) / 2
+    train(config, schema, tmp_path / "two", progress=False)
+    np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=0, atol=2e-5)
+
+
+def test_two_ranks_go_on_where_one_has_stopped(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = {"embedding_optimizer": {"kind": "rowwise_adagrad", "lr": 0.05}}
+    config, schema = experiment(folder, **settings, epochs=2)
+    train(config, schema, tmp_path / "one", progress=False)
+
+    steps = iter(range(1000))
+
+    def stopped(self: Trainer, loaded: LoadedBatch, original: Any = Trainer._step) -> None:
+        original(self, loaded)
+        if next(steps) == 7:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_step", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            train(config, schema, tmp_path / "two", progress=False)
+    assert 7 < len(losses(tmp_path / "two")) < len(losses(tmp_path / "one"))
+    in_processes(_train_two, 2, tmp_path, folder, settings)
+    np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=0, atol=2e-5)
+
+
+def _stopped_while_scoring(tmp_path: Path, folder: Path, settings: dict[str, Any]) -> None:
+    from training.console import TrainingDisplay
+    from training.sharded import ShardedProcesses
+    from training.trainer import train_rank
+
+    config, schema = experiment(folder, **settings)
+    scored = [0]
+
+    def signalled(self: BatchLoader, original: Any = BatchLoader.__iter__) -> Iterator[LoadedBatch]:
+        for loaded in original(self):
+            if self.split == "validation":
+                scored[0] += 1
+                if scored[0] == 2 and dist.get_rank() == 1:  # the other one learns it from this one
+                    os.kill(os.getpid(), signal.SIGINT)
+            yield loaded
+
+    BatchLoader.__iter__ = signalled  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        train_rank(config, schema, tmp_path / "two", ShardedProcesses(), display=TrainingDisplay(enabled=False))
+    assert scored[0] == 2, "the rest of the split is not scored"
 
 
 def _moments_equal(folder: Path) -> None:
