@@ -213,9 +213,10 @@ class Cost(NamedTuple):
     Attributes:
         parameters: outside tables, of what is exported.
         flops_per_row: floating-point operations a row of its matrix products, forward.
-        trained_flops_per_row: the same of all that training runs forward and backward: with the teacher's, where it is
-            trained along (online distillation). The logits of a frozen teacher are computed once for all trials and
-            looked up after that; they are not counted.
+        trained_flops_per_row: the same of all that training runs forward and backward: with what the losses of the
+            model's own take (AW-MoE's second gate of a masked history), and with the teacher's, where it is trained
+            along (online distillation). The logits of a frozen teacher are computed once for all trials and looked up
+            after that; they are not counted.
     """
 
     parameters: int
@@ -238,9 +239,9 @@ def cost_of(experiment: ExperimentConfig, training_set: TrainingSet) -> Cost:
         max_length=experiment.training.history_length,
     )
     model = build_model(experiment.model, schema, sizes)
-    flops = trained = _flops_per_row(model, batch)
+    flops, trained = _flops_per_row(model.eval(), batch), _flops_per_row(model.train(), batch)
     if isinstance(experiment.distillation, OnlineDistillationConfig):
-        trained += _flops_per_row(build_model(experiment.distillation.teacher, schema, sizes), batch)
+        trained += _flops_per_row(build_model(experiment.distillation.teacher, schema, sizes).train(), batch)
     return Cost(_num_parameters(model), flops, trained)
 
 
@@ -265,11 +266,10 @@ _UNKNOWN_TO_THE_COUNTER = {
 
 
 def _flops_per_row(model: RankingModel, batch: Batch) -> float:
-    model.eval()
-    with torch.no_grad():
-        embedded = model.lookup(batch)
-        with FlopCounterMode(display=False, custom_mapping=_UNKNOWN_TO_THE_COUNTER) as counter:
-            model.network(embedded)
+    """Of a model of one's own: in training mode its running statistics move."""
+    counter = FlopCounterMode(display=False, custom_mapping=_UNKNOWN_TO_THE_COUNTER)
+    with torch.no_grad(), torch.random.fork_rng([]), counter:
+        model(batch)
     return float(counter.get_total_flops() / max(batch.num_rows, 1))
 
 
@@ -469,13 +469,19 @@ def run_study(
         warn: told, before any training, of each axis that has too few different x for a power law.
 
     Raises:
-        ConfigError: an axis or an override does not fit the experiment.
+        ConfigError: an axis or an override does not fit the experiment; no size can reach the target.
         RecsysError: a trial fails; those that are done are kept.
     """
     from training.scaling_report import write_study_report
 
     out = Path(out)
     experiment, schema = load_experiment(config, overrides)
+    criterion = experiment.criterion(schema)
+    if target is not None and criterion.is_better(target, criterion.best_possible):
+        raise ConfigError(
+            f"target must be at {'most' if criterion.higher_is_better else 'least'} {criterion.best_possible:g}, "
+            f"the best that {criterion} can be, got {target:g}"
+        )
     first = experiment.training.seed
     trials: dict[str, Trial] = {}
     planned: dict[str, ExperimentConfig] = {}
@@ -511,7 +517,6 @@ def run_study(
             results.append(run_trial(config, overrides, trial))
         advance(len(trials), len(trials))
     outcomes = tuple(Outcome(**result) for result in results)
-    criterion = experiment.criterion(schema)
     curves = tuple(curves_of(axes, outcomes, criterion))
     study = Study(
         experiment.name,

@@ -19,6 +19,7 @@ from recsys.batch import Batch
 from recsys.config import validate
 from recsys.errors import ConfigError
 from recsys.models import build_model
+from recsys.models.aw_moe import AWMoEConfig
 from recsys.models.suan import SUANConfig
 from recsys.schema import Schema
 from recsys.training_set import TrainingSet
@@ -117,7 +118,7 @@ def test_what_a_size_costs(training_set: TrainingSet, make_experiment: MakeExper
     more = cost_of(make_experiment(model={"hidden": [64]}), training_set)
     assert more.parameters > cost.parameters
     assert more.flops_per_row > cost.flops_per_row
-    assert cost.trained_flops_per_row == cost.flops_per_row
+    assert 1 <= cost.trained_flops_per_row / cost.flops_per_row < 1.1, "Dice's statistics of the batch"
     assert cost_of(make_experiment(history_length=1), training_set).flops_per_row < cost.flops_per_row
 
 
@@ -127,8 +128,28 @@ def test_a_teacher_that_is_trained_along_is_part_of_what_training_costs(
     student, teacher = make_experiment(), make_experiment(model={"hidden": [64]})
     taught = student.model_copy(update={"distillation": OnlineDistillationConfig(teacher=teacher.model)})
     alone, large, both = (cost_of(experiment, training_set) for experiment in (student, teacher, taught))
-    assert both.trained_flops_per_row == alone.flops_per_row + large.flops_per_row
+    assert both.trained_flops_per_row == alone.trained_flops_per_row + large.trained_flops_per_row
     assert (both.parameters, both.flops_per_row) == (alone.parameters, alone.flops_per_row), "the student is scored"
+
+
+def test_what_a_loss_of_the_models_own_computes_is_part_of_what_training_costs(
+    training_set: TrainingSet, make_experiment: MakeExperiment
+) -> None:
+    plain = make_experiment().model_copy(update={"model": AWMoEConfig(embedding_dim=4)})
+    contrastive = plain.model.model_copy(update={"contrastive_weight": 0.1, "mask_probability": 0.1})
+    alone, more = (cost_of(plain.model_copy(update={"model": m}), training_set) for m in (plain.model, contrastive))
+    assert more.flops_per_row == alone.flops_per_row, "scoring does not know of it"
+    assert more.trained_flops_per_row > alone.trained_flops_per_row
+
+
+def test_a_target_that_no_size_can_reach_is_refused(config: Path, tmp_path: Path) -> None:
+    axes = [Axis.parse(f"{FRACTION}=0.1,0.3")]
+    with pytest.raises(ConfigError, match=r"target must be at most 1, the best that click.auc can be, got 74"):
+        run_study(config, axes, tmp_path / "study", target=74.0)
+    selected = ["training.selection.metric=logloss"]
+    with pytest.raises(ConfigError, match=r"target must be at least 0, .* click.logloss can be, got -0.1"):
+        run_study(config, axes, tmp_path / "study", target=-0.1, overrides=selected)
+    assert not (tmp_path / "study").exists()
 
 
 def test_the_attention_of_a_long_history_is_counted(tmp_path: Path, make_experiment: MakeExperiment) -> None:
