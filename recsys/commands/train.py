@@ -13,7 +13,9 @@ from recsys.commands.options import ExperimentArgument, Json, Overrides
 def train(
     config: ExperimentArgument,
     run: Annotated[Path | None, typer.Option("--run", help="Folder of the run; runs/NAME if not given.")] = None,
-    workers: Annotated[int, typer.Option(min=1, help="Processes; above 1 they run under Ray. A run may go on with another number.")] = 1,
+    workers: Annotated[
+        int, typer.Option(min=1, help="Processes; above 1 they run under Ray. A run may go on with another number.")
+    ] = 1,
     resume: Annotated[
         bool, typer.Option("--resume/--no-resume", help="Go on from the run's last checkpoint, or start again.")
     ] = True,

@@ -109,6 +109,10 @@ class RelativeBias(nn.Module):
 class CausalPattern(nn.Module):
     """Every event sees every event before it, and itself."""
 
+    def num_pairs(self, length: int) -> int:
+        """Pairs of query and key that attention computes for so many events."""
+        return length * length
+
     def biases(self, relative: RelativeBias, times: Tensor) -> tuple[Tensor, ...]:
         """What :meth:`forward` takes, with a leading dimension of layers.
 
@@ -155,6 +159,10 @@ class LocalDilatedPattern(nn.Module):
         self.window, self.dilation, self.max_length = min(window, max_length), dilation, max_length
         self.is_split, self.is_candidate_sparse = is_split, is_candidate_sparse
         self._attention = split_attention if is_split else local_dilated_attention
+
+    def num_pairs(self, length: int) -> int:
+        """As :meth:`CausalPattern.num_pairs`."""
+        return length * (2 * self.window + -(-length // self.dilation))
 
     def _sparsity(self, length: int) -> Sparsity:
         return Sparsity(self.window, self.dilation, self.max_length if torch.compiler.is_exporting() else length)

@@ -23,6 +23,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from recsys.errors import ConfigError
 from recsys.layers.attention_patterns import MICROSECONDS, CausalPattern, LocalDilatedPattern, RelativeBias
@@ -33,6 +34,11 @@ NormStyle = Literal["pre", "code"]
 AlignmentPooling = Literal["behaviours", "position", "causal"]
 
 HOURS = 24
+
+_PAIRS_OF_A_GROUP = 1 << 18
+"""Pairs of events of the requests that are encoded together."""
+_PAIRS_KEPT = 1 << 25
+"""Pairs of events whose scores and weights are kept for the backward pass: some 30 bytes a pair and layer."""
 
 
 class SwiGLU(nn.Module):
@@ -320,6 +326,9 @@ class UnifiedAttentionEncoder(nn.Module):
     before the first block: :math:`h` is a vector of the hour of the day (UTC), :math:`P` one of the position, counted
     back from the candidate, whose position is 0: a history's length moves nothing.
 
+    Requests of many pairs of events go through it in groups of about one length, which are padded to that length only.
+    Where all their pairs together are too many to be kept for the backward pass, it computes each group again.
+
     Source: SUAN's code, which adds "the time embedding of each position". # RECONSTRUCTION: which time feature that
     is differs by data set; here it is the hour of the day, which needs nothing of the schema.
 
@@ -417,6 +426,39 @@ class UnifiedAttentionEncoder(nn.Module):
         Returns:
             (N, D).
         """
+        if request_of_row is None or torch.compiler.is_compiling():
+            return self._encoded(events, times, lengths, profile, time, candidates, request_of_row)
+        if times.shape[0] * self.pattern.num_pairs(times.shape[1]) <= _PAIRS_OF_A_GROUP:
+            return self._encoded(events, times, lengths, profile, time, candidates, request_of_row)
+        groups = _groups(lengths, request_of_row, self.pattern.num_pairs)
+        is_kept = not torch.is_grad_enabled() or sum(group.num_pairs for group in groups) <= _PAIRS_KEPT
+        encoded = []
+        for of_rows, requests, rows, length, _ in groups:
+            inputs = (
+                events[:, :length].index_select(0, requests),
+                times[:, :length].index_select(0, requests),
+                *(x.index_select(0, requests) for x in (lengths, profile, time)),
+                candidates.index_select(0, rows),
+                of_rows,
+            )
+            encoded.append(
+                self._encoded(*inputs)
+                if is_kept
+                else checkpoint(self._encoded, *inputs, use_reentrant=False, preserve_rng_state=False)
+            )
+        return torch.cat(encoded).index_select(0, torch.cat([group.rows for group in groups]).argsort())
+
+    def _encoded(
+        self,
+        events: Tensor,
+        times: Tensor,
+        lengths: Tensor,
+        profile: Tensor,
+        time: Tensor,
+        candidates: Tensor,
+        request_of_row: Tensor | None,
+    ) -> Tensor:
+        """All requests at a time."""
         offsets_RL = lengths.unsqueeze(1) - torch.arange(events.shape[1], device=events.device)
         requests = Requests(profile, lengths, offsets_RL > 0, request_of_row)
         events = events + self._of_hours(times) + self._of_positions(offsets_RL)
@@ -444,6 +486,45 @@ class UnifiedAttentionEncoder(nn.Module):
         events = self.pattern.biases(self.bias, times)
         candidates = self.bias(offsets, time.unsqueeze(1) - times, self.pattern.is_seen(offsets))
         return Biases(events, candidates, self.bias.own())
+
+
+class _Group(NamedTuple):
+    """Requests that are encoded together.
+
+    Attributes:
+        request_of_row: (n,) int64, the position of each row's request in ``requests``, non-decreasing.
+        requests: (r,) int64, positions.
+        rows: (n,) int64, theirs.
+        length: of the longest history, at least 1.
+        num_pairs: that attention computes.
+    """
+
+    request_of_row: Tensor
+    requests: Tensor
+    rows: Tensor
+    length: int
+    num_pairs: int
+
+
+def _groups(lengths: Tensor, request_of_row: Tensor, num_pairs: Callable[[int], int]) -> list[_Group]:
+    """Requests by length, the longest first, as many in a group as have ``_PAIRS_OF_A_GROUP`` pairs, at least one."""
+    ordered, requests = lengths.sort(descending=True, stable=True)
+    rank = torch.empty_like(requests).index_copy_(0, requests, torch.arange(len(requests), device=requests.device))
+    request_of_row, rows = rank[request_of_row].sort(stable=True)
+    longest = ordered.tolist()
+    starts = [0]
+    while starts[-1] < len(longest):
+        pairs = num_pairs(max(longest[starts[-1]], 1))
+        starts.append(min(starts[-1] + max(_PAIRS_OF_A_GROUP // pairs, 1), len(longest)))
+    bounds = torch.searchsorted(request_of_row, torch.tensor(starts, device=rows.device)).tolist()
+    groups = []
+    for start, stop, first, last in zip(starts, starts[1:], bounds, bounds[1:], strict=False):
+        length = max(longest[start], 1)
+        of_rows = request_of_row[first:last] - start
+        groups.append(
+            _Group(of_rows, requests[start:stop], rows[first:last], length, (stop - start) * num_pairs(length))
+        )
+    return groups
 
 
 def _of_layer(biases: Biases, number: int) -> Biases:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from recsys.errors import ConfigError
-from recsys.layers import CausalPattern, LocalDilatedPattern, SwiGLU, UnifiedAttentionEncoder
+from recsys.layers import CausalPattern, LocalDilatedPattern, SwiGLU, UnifiedAttentionEncoder, unified_attention
 from recsys.layers.unified_attention import DualAlignment, Requests, UnifiedAttentionBlock
 from tests.references import suan as reference
 
@@ -135,6 +135,50 @@ def test_the_encoder_equals_its_formulas_in_float64(name: str, norm_style: str, 
             reference.Options(2, norm_style, pooling),
         )
         np.testing.assert_allclose(out[n].detach(), expected, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("pooling", ["behaviours", "position", "causal"])
+@pytest.mark.parametrize("name", PATTERNS)
+@pytest.mark.parametrize("kept", [0, 10**9])
+def test_groups_of_requests_are_encoded_as_all_at_once(
+    name: str, pooling: str, kept: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of all lengths, none included; in any order; requests without rows; kept or computed again for the gradient."""
+    layer = encoder(PATTERNS[name][0], alignment_pooling=pooling)
+    lengths, rows = torch.tensor([3, 0, 9, 1, 8, 0, 5]), torch.tensor([0, 0, 1, 2, 2, 2, 4, 5, 6])
+    generator = torch.Generator().manual_seed(5)
+    events, profile, candidates = (
+        torch.randn(*shape, generator=generator, dtype=torch.float64).requires_grad_()
+        for shape in ((7, 9, 4), (7, 2, 3), (9, 4))
+    )
+    times = torch.randint(0, 10**12, (7, 9), generator=generator).sort(1).values
+    weight = torch.randn(9, 4, generator=generator, dtype=torch.float64)
+    read = (events, profile, candidates, *layer.parameters())
+
+    def encoded() -> tuple[Tensor, tuple[Tensor, ...]]:
+        out = layer(events, times, lengths, profile, torch.full((7,), 2 * 10**12), candidates, rows)
+        return out, torch.autograd.grad((out * weight).sum(), read)
+
+    whole, gradients = encoded()
+    monkeypatch.setattr(unified_attention, "_PAIRS_KEPT", kept)
+    calls: list[tuple[int, int]] = []
+    original = layer._encoded
+    monkeypatch.setattr(layer, "_encoded", lambda *a: calls.append(tuple(a[1].shape)) or original(*a))  # type: ignore[func-returns-value]
+    for most, number in ((100, 2), (1, 7)):
+        calls.clear()
+        monkeypatch.setattr(unified_attention, "_PAIRS_OF_A_GROUP", most)
+        again, of_groups = encoded()
+        assert len(calls) >= number * (1 if kept else 2), "computed again where not kept"
+        assert calls[0][1] == 9, "the longest first"
+        assert min(shape[1] for shape in calls) < 9, "padded to its own length"
+        torch.testing.assert_close(again, whole)
+        for got, expected in zip(of_groups, gradients, strict=True):
+            torch.testing.assert_close(got, expected)
+        with torch.no_grad():
+            calls.clear()
+            alone = layer(events, times, lengths, profile, torch.full((7,), 2 * 10**12), candidates, rows)
+            torch.testing.assert_close(alone, whole)
+            assert len(calls) >= number
 
 
 @pytest.mark.parametrize("pattern", ["dense", "sparse"])
