@@ -15,16 +15,20 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from recsys.errors import MissingDependencyError, RecsysError, TrainingError
 from recsys.schema import Schema
+from training.checkpoint import CheckpointStore
 from training.console import TrainingDisplay
 from training.experiment import ExperimentConfig
+from training.run import RunFolder
+from training.stopping import stop_signals
 
 _POLL_S = 0.5
+_STOP_FILE = "stop"
 
 
 def train_workers(
@@ -42,7 +46,8 @@ def train_workers(
     Raises:
         MissingDependencyError: Ray is not installed.
         RecsysError: as raised in a process.
-        TrainingError: a process died.
+        TrainingError: a process died, or Ray itself could not go on.
+        KeyboardInterrupt, SystemExit: told to stop, the processes have saved and stopped.
     """
     # The current Ray Train; must be set before Ray is imported, and Ray's usage reports stay off.
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
@@ -67,19 +72,25 @@ def train_workers(
                 "schema": schema.model_dump(mode="json"),
                 "run_dir": str(run_dir.absolute()),
                 "working_dir": str(Path.cwd()),
+                "stop_file": str(storage / _STOP_FILE),
             },
             torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
             scaling_config=ScalingConfig(num_workers=workers, use_gpu=use_gpu),
             run_config=RunConfig(name="train", storage_path=str(storage), failure_config=FailureConfig(max_failures=0)),
         )
         try:
-            trainer.fit()
+            _fit(trainer, run_dir, storage / _STOP_FILE, display)
         except TrainingFailedError as err:
             own = _own_error(err)
             if own is not None:
                 raise own from err
             raise TrainingError(
                 f"a worker failed: {_last_line(err)}",
+                hint="run the same command again: training resumes from the last checkpoint",
+            ) from err
+        except ray.exceptions.RayError as err:
+            raise TrainingError(
+                f"Ray could not go on: {str(err).strip().partition(chr(10))[0]}",
                 hint="run the same command again: training resumes from the last checkpoint",
             ) from err
 
@@ -98,7 +109,46 @@ def _train_loop(config: Mapping[str, Any]) -> None:
     experiment = validate(ExperimentConfig, config["experiment"], source="experiment")
     schema = validate(Schema, config["schema"], source="schema")
     strategy = ShardedProcesses(ray.train.torch.get_device())
-    train_rank(experiment, schema, config["run_dir"], strategy, display=TrainingDisplay(enabled=False))
+    with suppress(KeyboardInterrupt):  # told to stop, which is no failure; who told will raise it
+        train_rank(
+            experiment,
+            schema,
+            config["run_dir"],
+            strategy,
+            display=TrainingDisplay(enabled=False),
+            stop_file=Path(config["stop_file"]),
+        )
+
+
+def _fit(trainer: Any, run_dir: Path, stop_file: Path, display: TrainingDisplay) -> None:
+    """Runs the processes. Told to stop, tells them; they save, and stop together. Told again, leaves them.
+
+    They run in a thread: in the main one, Ray would take the interrupt for itself and kill them.
+    """
+    errors: list[BaseException] = []
+
+    def fit() -> None:
+        try:
+            trainer.fit()
+        except Exception as err:  # noqa: BLE001 - raised again below
+            errors.append(err)
+
+    thread = threading.Thread(target=fit, name="ray-train", daemon=True)
+    with stop_signals() as stop:
+        thread.start()
+        while thread.is_alive():
+            thread.join(_POLL_S)
+            if stop.is_set and not stop_file.exists():
+                stop_file.touch()
+                display.say("stopping: the workers finish the step at hand and save")
+    if errors:
+        raise errors[0]
+    folder = RunFolder(run_dir)
+    if stop.is_set and not folder.is_finished:
+        store = CheckpointStore(folder.checkpoints)
+        step = 0 if store.latest is None else store.read_progress(store.latest)["step"]
+        display.say(f"stopped after step {step}: the same command goes on from here")
+        stop.raise_it()
 
 
 @contextmanager

@@ -104,6 +104,11 @@ class RunFolder:
         finally:
             os.close(descriptor)
 
+    @property
+    def is_finished(self) -> bool:
+        """Whether the run's result is there."""
+        return (self.path / "summary.json").exists()
+
     def begin(
         self, experiment: ExperimentConfig, schema: Schema, training_set: TrainingSet, *, resume: bool
     ) -> dict[str, Any] | None:

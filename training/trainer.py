@@ -13,15 +13,12 @@ from __future__ import annotations
 import json
 import logging
 import os
-import signal
-import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from types import FrameType
 from typing import Any, NoReturn, Self
 
 import numpy as np
@@ -58,6 +55,7 @@ from training.report import ScoreRow
 from training.run import RunFolder, flatten
 from training.run_report import write_run_report
 from training.schedule import LearningRates
+from training.stopping import StopRequest, stop_signals
 from training.strategy import SingleProcess, Strategy
 from training.tracking import Tracker
 
@@ -258,12 +256,19 @@ def _prepare_teacher(
 
 
 def train_rank(
-    experiment: ExperimentConfig, schema: Schema, run_dir: str | Path, strategy: Strategy, *, display: TrainingDisplay
+    experiment: ExperimentConfig,
+    schema: Schema,
+    run_dir: str | Path,
+    strategy: Strategy,
+    *,
+    display: TrainingDisplay,
+    stop_file: Path | None = None,
 ) -> None:
     """One process's part of a run that :class:`RunFolder` has begun. Rank 0 writes the folder.
 
     Args:
         display: shows what rank 0 has to say.
+        stop_file: tells the run to stop, as a signal does, once it exists.
     """
     quiet_libraries()
     keep_freed_memory()
@@ -275,7 +280,7 @@ def train_rank(
     try:
         with _threads(experiment.training.num_threads), torch.random.fork_rng(devices):
             torch.manual_seed(experiment.training.seed)
-            Trainer(experiment, schema, training_set, folder, strategy, display, tracker).run()
+            Trainer(experiment, schema, training_set, folder, strategy, display, tracker, stop_file).run()
         status = "FINISHED"
     except KeyboardInterrupt:
         status = "KILLED"
@@ -315,6 +320,7 @@ class Trainer:
         strategy: the processes that train together.
         display: shows progress.
         tracker: tracks the run; None on every rank but 0.
+        stop_file: tells the run to stop, as a signal does, once it exists.
     """
 
     def __init__(
@@ -326,8 +332,10 @@ class Trainer:
         strategy: Strategy,
         display: TrainingDisplay,
         tracker: Tracker | None = None,
+        stop_file: Path | None = None,
     ) -> None:
         self._experiment = experiment
+        self._stop_file = stop_file
         self._config = experiment.training
         self._schema = schema
         self._training_set = training_set
@@ -384,7 +392,7 @@ class Trainer:
             if self._training_set.split(split).num_rows == 0:
                 raise DataError(f"split {split!r} must have rows, got none", hint="move the boundaries in data.split")
         self._resume()
-        with _stop_signals() as stop:
+        with stop_signals(self._stop_file) as stop:
             while not self._progress.is_done:
                 self._train_epoch(stop)
                 self._end_epoch(stop)
@@ -406,7 +414,7 @@ class Trainer:
             history_length=config.history_length,
         )
 
-    def _train_epoch(self, stop: _StopSignals) -> None:
+    def _train_epoch(self, stop: StopRequest) -> None:
         config, progress = self._config, self._progress
         loader = replace(
             self._epoch(config.batch_size),
@@ -471,7 +479,7 @@ class Trainer:
         config, factor = self._config, self._factor()
         return {"tables": config.embedding_optimizer.lr * factor, "network": config.dense_optimizer.lr * factor}
 
-    def _look(self, stop: _StopSignals) -> None:
+    def _look(self, stop: StopRequest) -> None:
         """Checks the losses; saves a checkpoint if it is time or if the process is told to stop."""
         self._see_losses()
         if self._progress.step % self._config.log_every_steps == 0:
@@ -491,7 +499,7 @@ class Trainer:
         values = torch.tensor([float(flag) for flag in flags], device=self._strategy.device)
         return [value > 0 for value in self._strategy.all_sum(values).tolist()]
 
-    def _stop(self, stop: _StopSignals) -> NoReturn:
+    def _stop(self, stop: StopRequest) -> NoReturn:
         self._display.say(f"stopped after step {self._progress.step}: the same command goes on from here")
         stop.raise_it()
 
@@ -541,7 +549,7 @@ class Trainer:
 
     # Epochs
 
-    def _end_epoch(self, stop: _StopSignals) -> None:
+    def _end_epoch(self, stop: StopRequest) -> None:
         progress, selection = self._progress, self._config.selection
         metrics = evaluate(self._predict("validation", stop))
         teacher = self._teacher_metrics("validation", stop) if self._has_teacher else None
@@ -604,11 +612,11 @@ class Trainer:
             + (" (best)" if is_best else "")
         )
 
-    def _teacher_metrics(self, split: str, stop: _StopSignals | None = None) -> dict[str, Metrics]:
+    def _teacher_metrics(self, split: str, stop: StopRequest | None = None) -> dict[str, Metrics]:
         with scoring_teacher(self._model):
             return evaluate(self._predict(split, stop))
 
-    def _predict(self, split: str, stop: _StopSignals | None = None) -> Predictions:
+    def _predict(self, split: str, stop: StopRequest | None = None) -> Predictions:
         """Scores a split. Told to stop, all processes do so after the same batch, with the epoch's steps saved."""
 
         def advance(num_rows: int) -> None:
@@ -740,42 +748,6 @@ class Trainer:
             )
         if found > wanted:
             os.truncate(self._folder.metrics, wanted)
-
-
-class _StopSignals:
-    """Whether the process was told to stop. The first signal asks; the second one is not caught again."""
-
-    def __init__(self) -> None:
-        self.signal: int | None = None
-
-    @property
-    def is_set(self) -> bool:
-        return self.signal is not None
-
-    def note(self, number: int, _: FrameType | None) -> None:
-        if self.is_set:
-            self.raise_it()
-        self.signal = number
-
-    def raise_it(self) -> NoReturn:
-        if self.signal == signal.SIGTERM:
-            raise SystemExit(128 + signal.SIGTERM)
-        raise KeyboardInterrupt
-
-
-@contextmanager
-def _stop_signals() -> Iterator[_StopSignals]:
-    """Turns SIGINT and SIGTERM into a request to stop at the next look; in the main thread only, as Python has it."""
-    stop = _StopSignals()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-    before = {number: signal.signal(number, stop.note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _flat_metrics(split: str, metrics: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:

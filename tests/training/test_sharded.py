@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -172,6 +174,28 @@ def test_two_ranks_told_to_stop_while_they_score_stop_together_and_one_goes_on(
     assert len(losses(tmp_path / "two")) == int(str(store.latest)[5:]) == len(losses(tmp_path / "one")) / 2
     train(config, schema, tmp_path / "two", progress=False)
     np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=0, atol=2e-5)
+
+
+def test_ray_workers_told_to_stop_save_their_steps_and_one_process_goes_on(folder: Path, tmp_path: Path) -> None:
+    config, schema = experiment(folder)
+    train(config, schema, tmp_path / "one", progress=False)
+    metrics = tmp_path / "two" / "metrics.jsonl"
+
+    def interrupt() -> None:
+        while not metrics.exists() or len(metrics.read_text().splitlines()) < 5:
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    before = signal.getsignal(signal.SIGINT)
+    threading.Thread(target=interrupt, daemon=True).start()
+    with pytest.raises(KeyboardInterrupt):
+        train(config, schema, tmp_path / "two", workers=2, progress=False)
+    assert signal.getsignal(signal.SIGINT) is before
+    steps = int(str(CheckpointStore(tmp_path / "two" / "checkpoints").latest)[5:])
+    assert 5 <= len(losses(tmp_path / "two")) == steps < len(losses(tmp_path / "one")), "no step is lost"
+    assert not list((tmp_path / "two").glob(".ray-*"))
+    train(config, schema, tmp_path / "two", progress=False)
+    np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=0, atol=1e-4)
 
 
 def test_two_ranks_go_on_where_one_has_stopped(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
