@@ -117,7 +117,7 @@ class Batch:
         Args:
             requests: positions of requests in the split, or a slice of them. A slice copies nothing of what is stored
                 in order: the tensors are views of the mapped file.
-            max_length: bound on the length of every history; the schema's own where not given.
+            max_length: bound on the length of every history, beside the schema's own.
         """
         part = training_set.split(split)
         if isinstance(requests, slice):
@@ -275,7 +275,7 @@ def _gather(
         log = training_set.events[history.name]
         end = part.requests.array(end_column(history.name))[requests]
         start = part.requests.array(start_column(history.name))[requests]
-        length = np.minimum(end - start, max_length or history.max_length)
+        length = np.minimum(end - start, min(max_length or history.max_length, history.max_length))
         histories[history.name] = history_slices(schema, history.name, log, training_set.items, end - length, length)
     labels = np.stack([part.impressions.array(label_column(t.name))[rows] for t in schema.tasks], axis=1)
     return Batch(

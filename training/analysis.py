@@ -449,6 +449,8 @@ def scored_rows(
         raise ConfigError(f"feature must be one of {', '.join(categories)}, got {feature!r}")
     column = [t.name for t in schema.tasks].index(task)
     searched = network.histories[[h.name for h in schema.histories].index(history)]
+    if searched.search == "sampling":
+        raise ConfigError("the run's model must score events, got search 'sampling', which pools those of equal signs")
     parts: list[tuple[np.ndarray, ...]] = []
     rows = 0
     for batch in batches_of(training_set, split, batch_size, history_length=history_length):

@@ -115,7 +115,7 @@ class TrainingConfig(Config):
     history_length: int | None = Field(
         None,
         ge=1,
-        description="newest events read in place of a history's max_length, in studies; not for export",
+        description="newest events read of each history, fewer than its max_length, in studies; not for export",
     )
     evaluation_batch_size: int = Field(2048, ge=1, description="rows")
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -229,6 +229,7 @@ def load_experiment(path: str | Path, overrides: Iterable[str] = ()) -> tuple[Ex
     experiment = validate(ExperimentConfig, apply_overrides(load_yaml(path), overrides), source=str(path))
     schema = Schema.load(_schema_path(path, experiment.schema_file))
     check_tasks(experiment, schema, source=str(path))
+    check_history_length(experiment, schema, source=str(path))
     return experiment, schema
 
 
@@ -266,4 +267,19 @@ def check_tasks(experiment: ExperimentConfig, schema: Schema, *, source: str) ->
         raise ConfigError(
             f"{source}: training.task_weights must be more than 0 for one task at least, got 0 for all",
             hint="nothing would be learnt",
+        )
+
+
+def check_history_length(experiment: ExperimentConfig, schema: Schema, *, source: str) -> None:
+    """Checks that a bound on histories is within the schema's own, for which models are built.
+
+    Raises:
+        ConfigError: it is above those of all histories.
+    """
+    length, longest = experiment.training.history_length, max((h.max_length for h in schema.histories), default=0)
+    if length is not None and schema.histories and length > longest:
+        raise ConfigError(
+            f"{source}: training.history_length must be at most {longest}, the max_length of the longest history, "
+            f"got {length}",
+            hint="raise histories.max_length in the schema",
         )

@@ -26,7 +26,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from recsys.batch import Batch
-from recsys.errors import ConfigError, DataError
+from recsys.errors import ConfigError, DataError, RecsysError, TrainingError
 from recsys.files import write_json
 from recsys.models import RankingModel, build_model
 from recsys.schema import Schema
@@ -35,7 +35,7 @@ from training.data import BatchLoader
 from training.distill import OnlineDistillationConfig
 from training.experiment import Criterion, ExperimentConfig, load_experiment
 from training.power_law import MIN_POINTS, PowerLaw, fit_power_law
-from training.trainer import open_training_set, train
+from training.trainer import check_fraction, open_training_set, train
 
 FRACTION, LENGTH = "training.data_fraction", "training.history_length"
 _FORCED = ("training.epochs=1", "training.selection.patience=null")
@@ -81,6 +81,8 @@ class Axis:
             raise ConfigError(
                 f"an axis must not be {key}: a study passes over the data once, and --seeds names the seeds"
             )
+        if key.startswith("training.selection"):
+            raise ConfigError(f"an axis must not be {key}: all sizes are compared by the one metric of the experiment")
         return cls(key, tuple(values))
 
 
@@ -202,9 +204,19 @@ def run_trial(config: str | Path, overrides: Sequence[str], trial: Trial) -> dic
     )
 
 
+def failed(folder: str, error: str) -> TrainingError:
+    """The error of a study that tells which of its trials failed, and why."""
+    cause, _, hint = error.partition("\n\nHint: ")
+    advice = f"{hint.rstrip('.')}; or leave" if hint else "leave"
+    return TrainingError(
+        f"the trial {folder} failed: {cause}", hint=f"{advice} that size out: the finished trials are kept"
+    )
+
+
 def _history_length(experiment: ExperimentConfig, schema: Schema) -> int:
     """Events read of the longest history."""
-    return experiment.training.history_length or max((h.max_length for h in schema.histories), default=0)
+    longest = max((h.max_length for h in schema.histories), default=0)
+    return min(experiment.training.history_length or longest, longest)
 
 
 class Cost(NamedTuple):
@@ -475,9 +487,12 @@ def run_study(
     from training.scaling_report import write_study_report
 
     out = Path(out)
+    keys = [axis.key for axis in axes]
+    if twice := sorted({key for key in keys if keys.count(key) > 1}):
+        raise ConfigError(f"{twice[0]} must be varied once, got two axes", hint="name all its values in one --vary")
     experiment, schema = load_experiment(config, overrides)
     criterion = experiment.criterion(schema)
-    if target is not None and criterion.is_better(target, criterion.best_possible):
+    if target is not None and (math.isnan(target) or criterion.is_better(target, criterion.best_possible)):
         raise ConfigError(
             f"target must be at {'most' if criterion.higher_is_better else 'least'} {criterion.best_possible:g}, "
             f"the best that {criterion} can be, got {target:g}"
@@ -495,6 +510,8 @@ def run_study(
         if axis.key == LENGTH and not schema.histories:
             raise ConfigError(f"{config}: {LENGTH} must not be an axis of a schema without histories")
     training_set = open_training_set(experiment, schema)
+    for sized in planned.values():
+        check_fraction(sized, training_set)
     for axis in axes:
         places = _along(axis, axes, [trial.settings for trial in trials.values()])
         sizes = [list(planned.values())[place] for place in places]
@@ -514,7 +531,10 @@ def run_study(
         results = []
         for number, trial in enumerate(trials.values()):
             advance(number, len(trials))
-            results.append(run_trial(config, overrides, trial))
+            try:
+                results.append(run_trial(config, overrides, trial))
+            except RecsysError as err:
+                raise failed(trial.folder, str(err)) from err
         advance(len(trials), len(trials))
     outcomes = tuple(Outcome(**result) for result in results)
     curves = tuple(curves_of(axes, outcomes, criterion))
@@ -532,8 +552,9 @@ def run_study(
 
 
 def as_read(experiment: ExperimentConfig, schema: Schema) -> ExperimentConfig:
-    """The experiment without a ``training.history_length`` that is what every history has anyway."""
-    if {history.max_length for history in schema.histories} != {experiment.training.history_length}:
+    """The experiment without a ``training.history_length`` that cuts no history."""
+    length = experiment.training.history_length
+    if length is None or any(length < history.max_length for history in schema.histories):
         return experiment
     return experiment.model_copy(update={"training": experiment.training.model_copy(update={"history_length": None})})
 

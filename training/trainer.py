@@ -46,7 +46,7 @@ from training.distill import (
     scoring_teacher,
 )
 from training.evaluate import Predictions, evaluate, plain, predict
-from training.experiment import Criterion, ExperimentConfig, check_tasks
+from training.experiment import Criterion, ExperimentConfig, check_history_length, check_tasks
 from training.memory import keep_freed_memory
 from training.objective import Objective
 from training.optim import clip_gradients, dense_optimizer, rows_of_tables
@@ -208,8 +208,10 @@ def train(
             hint="train with one worker",
         )
     check_tasks(experiment, schema, source="experiment")
+    check_history_length(experiment, schema, source="experiment")
     folder = RunFolder(Path(run_dir))
     training_set = open_training_set(experiment, schema)
+    check_fraction(experiment, training_set)
     if verify:
         training_set.verify_once()
     with TrainingDisplay(enabled=progress) as display, folder.locked():
@@ -243,6 +245,21 @@ def open_training_set(experiment: ExperimentConfig, schema: Schema) -> TrainingS
             hint="build it again, or bring back the schema",
         )
     return training_set
+
+
+def check_fraction(experiment: ExperimentConfig, training_set: TrainingSet) -> None:
+    """Checks that the share of the training requests to learn from leaves one.
+
+    Raises:
+        ConfigError: it leaves none.
+    """
+    fraction, seed = experiment.training.data_fraction, experiment.training.seed
+    num_requests = training_set.split("train").num_requests
+    if num_requests and not BatchLoader(training_set, "train", 1, seed=seed, fraction=fraction).num_rows:
+        raise ConfigError(
+            f"training.data_fraction must leave a training request, but {fraction:g} of {num_requests:,} leaves none "
+            f"with seed {seed}"
+        )
 
 
 def _prepare_teacher(

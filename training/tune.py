@@ -9,8 +9,10 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-from recsys.errors import MissingDependencyError, TrainingError
-from training.scaling import Outcome, Trial, run_trial
+from recsys.errors import MissingDependencyError, RecsysError
+from training.scaling import Outcome, Trial, failed, run_trial
+
+_ERROR = "error_of_trial"
 
 
 def run_trials(
@@ -32,6 +34,7 @@ def run_trials(
         TrainingError: a trial failed; the others are finished first.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # its banner, whatever the verbosity
     try:
         import ray
         from ray import tune
@@ -45,7 +48,11 @@ def run_trials(
 
     def run(settings: dict[str, Any]) -> None:
         os.chdir(working_dir)  # data folders are relative to it
-        tune.report(run_trial(source, list(overrides), Trial(**settings["trial"])))
+        try:
+            outcome = run_trial(source, list(overrides), Trial(**settings["trial"]))
+        except RecsysError as err:  # Tune would keep the traceback alone
+            outcome = {_ERROR: str(err)}
+        tune.report(outcome)
 
     class Progress(tune.Callback):
         """Tells how far the trials are. Tune pickles its callbacks, and ``advance`` may hold a terminal: not kept."""
@@ -81,13 +88,12 @@ def run_trials(
         found: dict[str, dict[str, Any]] = {}
         for result in (grid[place] for place in range(len(grid))):
             settings = (result.config or {})["trial"]
+            metrics = result.metrics or {}
             if result.error is not None:
-                last = str(result.error).strip().splitlines()[-1]
-                raise TrainingError(
-                    f"the trial {settings['folder']} failed: {last}",
-                    hint="mend the cause and run the study again: finished trials are kept",
-                )
-            found[settings["folder"]] = result.metrics or {}
+                raise failed(settings["folder"], str(result.error).strip().splitlines()[-1])
+            if _ERROR in metrics:
+                raise failed(settings["folder"], metrics[_ERROR])
+            found[settings["folder"]] = metrics
     finally:
         if started:
             ray.shutdown()

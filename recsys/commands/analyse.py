@@ -59,16 +59,21 @@ def gradients(
         [
             (
                 table,
-                f"{g.attention_norm:.3g}",
-                f"{g.representation_norm:.3g}",
-                f"{g.ratio:.2f}",
-                f"{g.conflicting_steps:.1%}",
-                f"{g.conflicting_rows:.1%}",
-                f"{g.cosine:.3f}",
+                _told(g.attention_norm, ".3g"),
+                _told(g.representation_norm, ".3g"),
+                _told(g.ratio, ".2f"),
+                _told(g.conflicting_steps, ".1%"),
+                _told(g.conflicting_rows, ".1%"),
+                _told(g.cosine, ".3f"),
             )
             for table, g in found.items()
         ],
     )
+
+
+def _told(value: float, form: str) -> str:
+    """A figure; a dash where there is none, for want of events."""
+    return "-" if value != value else format(value, form)
 
 
 @analyse.command()

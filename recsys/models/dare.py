@@ -14,7 +14,7 @@ representation vector, T tasks.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Literal, NamedTuple, Self
 
 import torch
@@ -154,14 +154,18 @@ class EventTokens(nn.Module):
     Args:
         shared: names of what events and candidates both have, in the order of the vector.
         own: names and widths of the event features.
-        spaces: of the events' and of the candidate's vectors.
+        spaces: of the events' and of the candidate's vectors; dense features have no tables, and are in none.
+        schema: what the features are.
     """
 
-    def __init__(self, shared: list[str], own: dict[str, int], spaces: tuple[str, str]) -> None:
+    def __init__(self, shared: list[str], own: dict[str, int], spaces: tuple[str, str], schema: Schema) -> None:
         super().__init__()
-        self._event_keys = [_key(name, spaces[0]) for name in shared]
-        self._candidate_keys = [_key(name, spaces[1]) for name in shared]
-        self._own = [_key(name, spaces[0]) for name in own]
+
+        def keys(names: Iterable[str], space: str) -> list[str]:
+            return [_key(name, space if isinstance(schema.feature(name), Categorical) else "") for name in names]
+
+        self._event_keys, self._candidate_keys = keys(shared, spaces[0]), keys(shared, spaces[1])
+        self._own = keys(own, spaces[0])
         self.own_size = sum(own.values())
         self.absent = nn.Parameter(torch.empty(self.own_size)) if own else None
 
@@ -243,8 +247,8 @@ class SearchedHistory(nn.Module):
         is_scored = self.search != "sampling"
         own_categorical = {n: attention_dim for n in own if is_scored and isinstance(schema.feature(n), Categorical)}
         # DIFF(paper): dense attributes and event features are pooled but not scored, because the score is of tables.
-        self.attention = EventTokens(categorical, own_categorical, roles[:2])
-        self.values = EventTokens(list(history.attributes), own, roles[2:])
+        self.attention = EventTokens(categorical, own_categorical, roles[:2], schema)
+        self.values = EventTokens(list(history.attributes), own, roles[2:], schema)
         # The table of slots is a role's own exactly where the other tables are.
         self.slots = nn.Embedding(config.num_slots + 1, config.embedding_dim)
         is_shared = roles.attention_events == roles.values_events

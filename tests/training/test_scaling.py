@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from feature_store.build import DataConfig, build_training_set
 from recsys.batch import Batch
 from recsys.config import validate
-from recsys.errors import ConfigError
+from recsys.errors import ConfigError, TrainingError
 from recsys.models import build_model
 from recsys.models.aw_moe import AWMoEConfig
 from recsys.models.suan import SUANConfig
@@ -152,6 +152,35 @@ def test_a_target_that_no_size_can_reach_is_refused(config: Path, tmp_path: Path
     assert not (tmp_path / "study").exists()
 
 
+@pytest.mark.parametrize(
+    ("axes", "message"),
+    [
+        ([f"{LENGTH}=1,9"], "training.history_length must be at most 8, the max_length of the longest history, got 9"),
+        ([f"{FRACTION}=0.0000001,0.1"], "training.data_fraction must leave a training request, but 1e-07 of"),
+        (["model.hidden=[8],[4]", "model.hidden=[16],[4]"], "model.hidden must be varied once, got two axes"),
+    ],
+)
+def test_sizes_that_make_no_study_are_refused_before_training(
+    axes: list[str], message: str, config: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        run_study(config, [Axis.parse(axis) for axis in axes], tmp_path / "study")
+    assert not (tmp_path / "study").exists()
+
+
+def test_the_metric_is_no_axis() -> None:
+    with pytest.raises(ConfigError, match=r"an axis must not be training.selection.metric: all sizes are compared by"):
+        Axis.parse("training.selection.metric=auc,logloss")
+
+
+def test_a_trial_that_fails_is_named_with_its_cause(config: Path, tmp_path: Path) -> None:
+    axes = [Axis.parse("training.dense_optimizer.lr=0.001,1.0e+30")]
+    with pytest.raises(TrainingError, match=r"the trial .*lr=1.0e_30-seed1 failed: the loss must be finite") as caught:
+        run_study(config, axes, tmp_path / "study")
+    assert caught.value.hint is not None
+    assert caught.value.hint.endswith("leave that size out: the finished trials are kept")
+
+
 def test_the_attention_of_a_long_history_is_counted(tmp_path: Path, make_experiment: MakeExperiment) -> None:
     """As many operations as the unfused form of attention has: scores and weighted sums of 200 x 200 pairs."""
     spec = {**SCHEMA, "histories": [{"name": "seen", "max_length": 200, "attributes": ["item_id"]}]}
@@ -265,7 +294,7 @@ def test_sizes_are_named_by_the_last_part_of_a_setting_where_that_will_do() -> N
 
 
 def test_a_study_runs_goes_on_and_is_written(config: Path, tmp_path: Path) -> None:
-    axes = [Axis.parse(f"{FRACTION}=0.1,0.3,0.6"), Axis.parse(f"{LENGTH}=1,8")]
+    axes = [Axis.parse(f"{FRACTION}=0.1,0.3,0.6"), Axis.parse(f"{LENGTH}=1,6")]
     seen: list[tuple[int, int]] = []
     study = run_study(config, axes, tmp_path / "study", target=0.1, advance=lambda *at: seen.append(at))
     assert seen[-1] == (6, 6)
@@ -274,7 +303,7 @@ def test_a_study_runs_goes_on_and_is_written(config: Path, tmp_path: Path) -> No
     assert rows == sorted(rows)
     assert rows[0] < rows[-1]
     lengths = [o for o in study.outcomes if LENGTH in o.settings]
-    assert [o.history_length for o in lengths] == [1, 8]
+    assert [o.history_length for o in lengths] == [1, 6]
     assert lengths[0].flops_per_row < lengths[1].flops_per_row
     assert study.recommendation is not None
     assert study.recommendation.settings is not None
@@ -304,7 +333,10 @@ def test_a_history_as_long_as_the_schemas_is_the_experiment_itself(
     shorter = make_experiment(history_length=5)
     assert as_read(shorter, one) == shorter
     both = make_experiment(history_length=8)
-    assert as_read(both, training_set.schema) == both, "the history of 5 events is read further back"
+    assert as_read(both, training_set.schema) == make_experiment(), "no history is read further back than its bound"
+    batch = Batch.from_training_set(training_set, "train", slice(None), max_length=8)
+    assert int(batch.histories["seen"].lengths.max()) == 5
+    assert int(batch.histories["clicked"].lengths.max()) == 8
 
 
 def test_an_axis_that_cannot_be_fitted_is_told_before_training(config: Path, tmp_path: Path) -> None:

@@ -347,6 +347,27 @@ def test_a_schema_that_cannot_be_searched_is_refused() -> None:
         build_twin(TWINConfig(), dense, TABLE_SIZES)
 
 
+@pytest.mark.parametrize("tables", ["shared", "attention_by_side", "by_role_and_side"])
+@pytest.mark.parametrize("search", ["attention", "hash"])
+def test_a_dense_attribute_is_in_no_space_of_tables(tables: str, search: str) -> None:
+    spec = {**SCHEMA, "histories": [{"name": "seen", "max_length": 5, "attributes": ["item_id", "price"]}]}
+    dense = validate(Schema, spec, source="dense attribute")
+    config = TWINConfig(embedding_dim=4, top_k=2, tables=tables, search=search)  # type: ignore[arg-type]
+    model = build_twin(config, dense, TABLE_SIZES).eval()
+    whole = random_batch(6, seed=12)
+    seen = whole.histories["seen"]
+
+    def scores(price: float) -> Tensor:
+        prices = torch.full((len(seen.times), 1), price)
+        logits: Tensor = model(
+            replace(whole, histories={"seen": replace(seen, features={**seen.features, "price": prices})})
+        )
+        return logits
+
+    assert scores(1.0).isfinite().all()
+    assert not torch.equal(scores(1.0), scores(2.0)), "it is pooled"
+
+
 PLANTED = validate(
     Schema,
     {
