@@ -19,7 +19,9 @@ import torch.multiprocessing as mp
 
 from recsys.config import validate
 from recsys.errors import ConfigError
+from recsys.layers import unified_attention
 from recsys.layers.activations import Dice, masked_moments
+from recsys.models.suan import SUANConfig
 from recsys.schema import Schema
 from recsys.training_set import TrainingSet
 from tests.synthetic import SCHEMA, SPLIT
@@ -33,7 +35,8 @@ from training.trainer import Trainer, train
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
 
 
-TEACHER = {"kind": "suan", "embedding_dim": 8, "hidden": [8], "num_layers": 1}
+SUAN: dict[str, Any] = {"embedding_dim": 8, "hidden": (8,), "num_layers": 1}
+TEACHER = {"kind": "suan"} | SUAN
 
 
 def experiment(
@@ -150,6 +153,31 @@ def test_two_ranks_follow_one_process_with_any_recipe(folder: Path, tmp_path: Pa
     assert len(single) == len(sharded) > 25
     assert abs(single[-1] - single[0]) > 1e-2, "the run must have moved"
     np.testing.assert_allclose(sharded, single, rtol=0, atol=2e-5)
+
+
+def test_two_ranks_follow_one_process_where_histories_are_encoded_in_groups(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each rank forms other groups than one process does, and computes them again for the gradient."""
+    config, schema = experiment(folder, epochs=2)
+    config = config.model_copy(update={"model": SUANConfig(**SUAN)})
+    monkeypatch.setattr(unified_attention, "_PAIRS_OF_A_GROUP", 100)
+    monkeypatch.setattr(unified_attention, "_PAIRS_KEPT", 0)
+    train(config, schema, tmp_path / "one", progress=False)
+    RunFolder(tmp_path / "two").begin(config, schema, TrainingSet.open(folder / "training_set"), resume=True)
+    in_processes(_train_groups, 2, tmp_path, folder)
+    np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=0, atol=2e-5)
+
+
+def _train_groups(tmp_path: Path, folder: Path) -> None:
+    from training.console import TrainingDisplay
+    from training.sharded import ShardedProcesses
+    from training.trainer import train_rank
+
+    unified_attention._PAIRS_OF_A_GROUP, unified_attention._PAIRS_KEPT = 100, 0
+    config, schema = experiment(folder, epochs=2)
+    config = config.model_copy(update={"model": SUANConfig(**SUAN)})
+    train_rank(config, schema, tmp_path / "two", ShardedProcesses(), display=TrainingDisplay(enabled=False))
 
 
 def _train_two(tmp_path: Path, folder: Path, settings: dict[str, Any]) -> None:
