@@ -42,7 +42,7 @@ from recsys.batch import Batch
 from recsys.config import Config, fingerprint, validate
 from recsys.embeddings import Lookup
 from recsys.errors import ConfigError, DataError, IntegrityError
-from recsys.files import replacing_file, sha256_of, write_json
+from recsys.files import read_object, replacing_file, sha256_of, write_json
 from recsys.losses import binary_cross_entropy
 from recsys.models import ModelConfig, RankingModel, TrainingOutput, build_model, split_output
 from recsys.schema import Schema
@@ -377,11 +377,9 @@ class TeacherLogits:
         path, key = _place(run_dir, training_set)
         hint = f"delete {path.parent} and run the same command again"
         try:
-            manifest = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+            manifest = read_object(path.with_suffix(".json"), {}, hint=hint)
         except FileNotFoundError as err:
             raise IntegrityError(f"{path.with_suffix('.json')} does not exist", hint=hint) from err
-        except ValueError as err:
-            raise IntegrityError(f"{path.with_suffix('.json')} must be JSON", hint=hint) from err
         if manifest.get("format_version") != FORMAT_VERSION or manifest.get("key") != key:
             raise IntegrityError(f"{path} must be the logits of this teacher for this training set", hint=hint)
         if not path.is_file() or sha256_of(path) != manifest.get("sha256"):

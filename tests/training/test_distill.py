@@ -308,6 +308,16 @@ def test_damaged_logits_are_not_believed(
             train(experiment, schema(), run_dir / "b", progress=False)
     finally:
         file.write_bytes(sound)
+    manifest = file.with_suffix(".json")
+    noted = manifest.read_bytes()
+    try:
+        manifest.write_text("[]")
+        with pytest.raises(IntegrityError) as caught:
+            TeacherLogits.open(teacher_run, training_set)
+        assert caught.value.message == f"{manifest} must hold an object, got another type"
+        assert caught.value.hint == f"delete {file.parent} and run the same command again"
+    finally:
+        manifest.write_bytes(noted)
     with pytest.raises(IntegrityError, match=r"has none for row 1000000 of the\s+impressions view"):
         TeacherLogits.open(teacher_run, training_set).of_rows(np.array([1_000_000]))
     assert not list((teacher_run / "distillation").glob(".tmp-*"))
