@@ -267,6 +267,7 @@ def _prepare_teacher(
 ) -> None:
     if not isinstance(experiment.distillation, OfflineDistillationConfig):
         return
+    quiet_libraries()
     with _threads(experiment.training.num_threads):
         display.start("scoring with the teacher", training_set.split("train").num_rows)
         prepare(experiment, schema, training_set, say=display.say, advance=display.advance)

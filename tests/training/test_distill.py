@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -348,6 +349,21 @@ def test_a_teacher_of_other_impressions_is_refused(
     train(validate(ExperimentConfig, values, source="s"), schema(), tmp_path / "teacher", progress=False)
     with pytest.raises(DataError, match=r"must have been trained on the student's impressions, but .* unknown to it"):
         train(offline(make_experiment, tmp_path / "teacher"), schema(), tmp_path / "student", progress=False)
+
+
+def test_torch_is_quiet_when_the_teacher_scores(
+    make_experiment: MakeExperiment, teacher_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    remarks = logging.getLogger("torch.fx._symbolic_trace")
+    monkeypatch.setattr(remarks, "filters", [])
+
+    def prepare(*_: Any, **__: Any) -> None:
+        assert remarks.filters
+        raise Crash
+
+    monkeypatch.setattr("training.trainer.prepare", prepare)
+    with pytest.raises(Crash):
+        train(offline(make_experiment, teacher_run), schema(), tmp_path / "student", progress=False)
 
 
 def test_a_teacher_that_is_no_finished_run_is_refused(make_experiment: MakeExperiment, tmp_path: Path) -> None:
