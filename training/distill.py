@@ -46,7 +46,7 @@ from recsys.files import read_object, replacing_file, sha256_of, write_json
 from recsys.losses import binary_cross_entropy
 from recsys.models import ModelConfig, RankingModel, TrainingOutput, build_model, split_output
 from recsys.schema import Schema
-from recsys.training_set import SOURCE_ROW, TrainingSet, label_column
+from recsys.training_set import SOURCE_ROW, Table, TrainingSet, label_column
 
 if TYPE_CHECKING:
     from training.experiment import ExperimentConfig
@@ -411,18 +411,23 @@ def prepare(
     training_set: TrainingSet,
     *,
     say: Callable[[str], None] = lambda _: None,
+    start: Callable[[int], None] = lambda _: None,
     advance: Callable[[int], None] = lambda _: None,
 ) -> None:
     """Makes what a run needs of its teacher before it begins: the logits of a frozen one, where they are not there yet.
 
+    Scoring takes long, so it comes last: what can be refused without a score is refused before.
+
     Args:
         say: told what is being done.
+        start: called with the number of rows to be scored, before the first; not where the logits are there.
         advance: called with the number of rows scored since the last call.
 
     Raises:
         ConfigError: the teacher is no finished run.
-        DataError: it lacks a task of the student, or its rows are not the student's.
+        DataError: it lacks a task of the student, its rows are not the student's, or a logit is not finite.
         IntegrityError: its checkpoint or its training set is damaged or gone.
+        SchemaError: the schema lacks what the student's model needs.
     """
     config = experiment.distillation
     if not isinstance(config, OfflineDistillationConfig):
@@ -434,10 +439,21 @@ def prepare(
     from training.evaluate import predict
     from training.run import TrainedRun
 
-    say(f"scoring the training rows with the teacher {config.teacher}")
+    # What a schema must have does not depend on how long tables are.
+    build_model(experiment.model, schema, dict.fromkeys(training_set.encoder.table_sizes, 2))
     teacher = TrainedRun.load(config.teacher)
     columns = _columns(teacher, schema)
     taught = teacher.training_set()
+    splits = _splits_with_rows(taught, training_set)
+    tables = [taught.split(split).impressions for split in splits]
+    source_row = np.concatenate([table.array(SOURCE_ROW) for table in tables])
+    order = np.argsort(source_row, kind="stable")
+    rows = np.zeros(len(order), dtype=[("source_row", np.int64), ("logits", np.float32, (len(columns),))])
+    rows["source_row"] = source_row[order]
+    labels = np.concatenate([_labels(table, schema) for table in tables])[order]
+    _check_rows(rows["source_row"], labels, training_set, schema, config.teacher)
+    say(f"scoring the training rows with the teacher {config.teacher}")
+    start(len(rows))
     predictions = [
         predict(
             teacher.model,
@@ -447,17 +463,11 @@ def prepare(
             history_length=teacher.experiment.training.history_length,
             advance=advance,
         )
-        for split in _splits_with_rows(taught, training_set)
+        for split in splits
     ]
-    source_row, logits, labels = (
-        np.concatenate([getattr(p, name) for p in predictions]) for name in ("source_row", "logits", "labels")
-    )
-    order = np.argsort(source_row, kind="stable")
-    rows = np.zeros(len(order), dtype=[("source_row", np.int64), ("logits", np.float32, (len(columns),))])
-    rows["source_row"], rows["logits"] = source_row[order], logits[order][:, columns]
+    rows["logits"] = np.concatenate([p.logits for p in predictions])[order][:, columns]
     if not np.isfinite(rows["logits"]).all():
         raise DataError(f"the teacher {config.teacher} must give finite logits, but some are not")
-    _check_rows(rows["source_row"], labels[order][:, columns], training_set, schema, config.teacher)
     with replacing_file(path) as draft, draft.open("wb") as file:
         np.save(file, rows)
     manifest = {"format_version": FORMAT_VERSION, "key": key, "tasks": [t.name for t in schema.tasks]}
@@ -493,6 +503,11 @@ def _columns(teacher: TrainedRun, schema: Schema) -> list[int]:
     return [theirs.index(task.name) for task in schema.tasks]
 
 
+def _labels(impressions: Table, schema: Schema) -> np.ndarray:
+    """(N, T), NaN where missing."""
+    return np.stack([impressions.array(label_column(task.name)) for task in schema.tasks], axis=1)
+
+
 def _check_rows(
     source_row: np.ndarray, labels: np.ndarray, training_set: TrainingSet, schema: Schema, teacher: str
 ) -> None:
@@ -500,7 +515,7 @@ def _check_rows(
     impressions = training_set.split("train").impressions
     rows = np.asarray(impressions.array(SOURCE_ROW))
     at = np.minimum(np.searchsorted(source_row, rows), len(source_row) - 1)
-    own = np.stack([impressions.array(label_column(task.name)) for task in schema.tasks], axis=1)
+    own = _labels(impressions, schema)
     known = source_row[at] == rows
     if known.all() and np.array_equal(labels[at], own, equal_nan=True):
         return

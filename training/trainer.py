@@ -18,6 +18,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, Self
 
@@ -268,9 +269,10 @@ def _prepare_teacher(
     if not isinstance(experiment.distillation, OfflineDistillationConfig):
         return
     quiet_libraries()
+    _check_criterion(experiment.criterion(schema), training_set)
     with _threads(experiment.training.num_threads):
-        display.start("scoring with the teacher", training_set.split("train").num_rows)
-        prepare(experiment, schema, training_set, say=display.say, advance=display.advance)
+        start = partial(display.start, "scoring with the teacher")
+        prepare(experiment, schema, training_set, say=display.say, start=start, advance=display.advance)
 
 
 def train_rank(

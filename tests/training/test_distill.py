@@ -7,7 +7,7 @@ import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import polars as pl
@@ -19,16 +19,16 @@ from feature_store.build import DataConfig, build_training_set
 from feature_store.time_spans import iso
 from recsys.artifact import Artifact
 from recsys.config import validate
-from recsys.errors import ConfigError, DataError, IntegrityError
+from recsys.errors import ConfigError, DataError, IntegrityError, RecsysError, SchemaError
 from recsys.losses import binary_cross_entropy
 from recsys.models import build_model
 from recsys.schema import Schema
 from recsys.training_set import SOURCE_ROW, TrainingSet
-from tests.synthetic import SPLIT, TABLE_SIZES, random_batch, schema
+from tests.synthetic import SPLIT, TABLE_SIZES, random_batch, schema, write_views
 from tests.training.conftest import MakeExperiment
 from tests.training.test_trainer import Crash, checkpoint_tensors, result_of, same_checkpoints
-from tests.training_sets import build_synthetic
 from training.checkpoint import CheckpointStore
+from training.console import TrainingDisplay
 from training.distill import (
     Distillation,
     OnlineDistillation,
@@ -339,16 +339,55 @@ def test_another_teacher_is_another_run(
     assert fingerprint(plain) != fingerprint(experiment)
 
 
-def test_a_teacher_of_other_impressions_is_refused(
-    make_experiment: MakeExperiment, training_set: TrainingSet, tmp_path: Path
+def no_scores(*_: Any, **__: Any) -> None:
+    raise AssertionError("what is wrong was known without a score of the teacher")
+
+
+def flip_clicks(views: Path) -> None:
+    path = views / "impressions.parquet"
+    pl.read_parquet(path).with_columns(is_click=1 - pl.col("is_click")).write_parquet(path)
+
+
+@pytest.mark.parametrize(("seed", "what"), [(9, "training rows are unknown to it"), (0, "their labels differ")])
+def test_a_teacher_of_other_impressions_is_refused_before_it_scores(
+    seed: int, what: str, make_experiment: MakeExperiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stranger = build_synthetic(tmp_path / "stranger", num_requests=300, seed=9)
-    experiment = make_experiment(epochs=1)
-    values = experiment.model_dump(mode="json")
-    values["data"] |= {"views": str(tmp_path / "stranger" / "views"), "training_set": str(stranger.folder)}
-    train(validate(ExperimentConfig, values, source="s"), schema(), tmp_path / "teacher", progress=False)
-    with pytest.raises(DataError, match=r"must have been trained on the student's impressions, but .* unknown to it"):
+    """Fewer rows, or the same with other labels."""
+    values = make_experiment(epochs=1).model_dump(mode="json")
+    write_views(tmp_path / "views", num_requests=600 if seed == 0 else 300, seed=seed)
+    if seed == 0:
+        flip_clicks(tmp_path / "views")
+    values["data"] |= {"views": str(tmp_path / "views"), "training_set": str(tmp_path / "training_set")}
+    theirs = validate(ExperimentConfig, values, source="s")
+    build_training_set(schema(), theirs.data)
+    train(theirs, schema(), tmp_path / "teacher", progress=False)
+    monkeypatch.setattr("training.evaluate.predict", no_scores)
+    with pytest.raises(DataError, match=rf"must have been trained on the student's impressions, but .*{what}"):
         train(offline(make_experiment, tmp_path / "teacher"), schema(), tmp_path / "student", progress=False)
+
+
+@pytest.mark.parametrize("fault", ["model", "validation"])
+def test_a_student_that_cannot_be_trained_is_refused_before_its_teacher_scores(
+    fault: str, make_experiment: MakeExperiment, teacher_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    teacher = tmp_path / "teacher"
+    shutil.copytree(teacher_run, teacher, ignore=shutil.ignore_patterns("distillation"))
+    values = offline(make_experiment, teacher).model_dump(mode="json")
+    error: type[RecsysError]
+    if fault == "model":
+        values["model"] |= {"num_heads": 7}
+        error, message = SchemaError, r"must be a multiple of num_heads=7"
+    else:  # a microsecond, of which the teacher knows nothing
+        end = SPLIT["validation_end"]
+        split = {"train_end": end, "validation_end": end + 1, "test_end": SPLIT["test_end"]}
+        values["data"] |= {"training_set": str(tmp_path / "training_set"), "split": split}
+        error, message = DataError, r"the validation split has 0 labels"
+    student = validate(ExperimentConfig, values, source="s")
+    if fault == "validation":
+        build_training_set(schema(), student.data)
+    monkeypatch.setattr("training.evaluate.predict", no_scores)
+    with pytest.raises(error, match=message):
+        train(student, schema(), tmp_path / "student", progress=False)
 
 
 def test_torch_is_quiet_when_the_teacher_scores(
@@ -426,12 +465,30 @@ def test_a_teacher_that_has_seen_what_the_student_is_judged_by_is_refused(
     is_refused()
 
 
+class CountingDisplay(TrainingDisplay):
+    """Notes title, rows to do and rows done of every phase."""
+
+    phases: ClassVar[list[list[Any]]] = []
+
+    def start(self, title: str, total: int, done: int = 0) -> None:
+        self.phases.append([title, total, done])
+
+    def advance(self, rows: int, note: str = "") -> None:
+        self.phases[-1][2] += rows
+
+
 def test_a_teacher_that_ended_earlier_scores_the_days_since(
-    make_experiment: MakeExperiment, training_set: TrainingSet, tmp_path: Path
+    make_experiment: MakeExperiment, training_set: TrainingSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ends = {"train_end": SPLIT["train_end"] - 2 * DAY, "validation_end": SPLIT["train_end"] - DAY}
     experiment, folder = taught_in(training_set, tmp_path / "earlier", make_experiment, **ends)
+    phases: list[list[Any]] = []
+    monkeypatch.setattr(CountingDisplay, "phases", phases)
+    monkeypatch.setattr("training.trainer.TrainingDisplay", CountingDisplay)
     train(offline(make_experiment, folder), schema(), tmp_path / "student", progress=False)
+    num_rows = sum(TrainingSet.open(experiment.data.training_set).manifest["rows"].values())
+    assert phases[0] == ["scoring with the teacher", num_rows, num_rows]
+    assert num_rows > training_set.split("train").num_rows
     logits, teacher = TeacherLogits.open(folder, training_set), TrainedRun.load(folder)
     theirs = TrainingSet.open(experiment.data.training_set)
     rows = training_set.split("train").impressions.array(SOURCE_ROW)
