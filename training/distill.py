@@ -25,6 +25,7 @@ Shapes: N rows, T tasks.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -119,6 +120,11 @@ def teacher_identity(run_dir: str | Path) -> dict[str, str]:
             f"distillation.teacher must be the folder of a finished run, got {folder}",
             hint="train the teacher first, with `recsys train`",
         ) from err
+
+
+def is_gone(run_dir: str | Path) -> bool:
+    """Whether nothing lies where a teacher should, or nothing that can be reached."""
+    return not os.path.exists(run_dir)  # noqa: PTH110 - a Path raises where the name is too long, say
 
 
 def check_teacher(experiment: ExperimentConfig, training_set: TrainingSet) -> None:

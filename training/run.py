@@ -34,6 +34,7 @@ from training.distill import (
     TEACHER,
     OfflineDistillationConfig,
     OnlineDistillationConfig,
+    is_gone,
     student_state,
     teacher_identity,
 )
@@ -162,7 +163,9 @@ class RunFolder:
     def _teacher(self, experiment: ExperimentConfig, found: Mapping[str, Any] | None) -> dict[str, str] | None:
         """Identity of the frozen teacher, if there is one.
 
-        A student that has finished is finished, wherever its teacher has gone since: its own note counts then.
+        A student that has finished is finished, wherever its teacher has gone since: its own note counts then. Names
+        that the teacher had after the student was trained are not noted, so one that leads nowhere is as good as the
+        first; what is there under another name is taken for another teacher.
 
         Args:
             found: configuration of the run that the folder holds.
@@ -178,7 +181,8 @@ class RunFolder:
         except ConfigError:
             noted = (found or {}).get("teacher")
             was_named = ((found or {}).get("experiment", {}).get("distillation") or {}).get("teacher")
-            if not isinstance(noted, dict) or was_named != config.teacher or self._read("summary.json", {}) is None:
+            is_another = was_named != config.teacher and not is_gone(config.teacher)
+            if not isinstance(noted, dict) or is_another or self._read("summary.json", {}) is None:
                 raise
             return noted
 

@@ -42,6 +42,7 @@ from training.distill import (
     OnlineDistillationConfig,
     build_training_model,
     check_teacher,
+    is_gone,
     learners,
     prepare,
     scoring_teacher,
@@ -220,6 +221,9 @@ def train(
         summary = folder.begin(experiment, schema, training_set, resume=resume)
         if summary is not None:
             display.say(f"{folder.path} holds this run, finished {summary['finished_at']}: nothing to train")
+            taught = experiment.distillation
+            if isinstance(taught, OfflineDistillationConfig) and is_gone(taught.teacher):
+                display.say(f"there is no teacher at {taught.teacher}, which a finished student does not need")
             return TrainResult.from_summary(folder.path, summary)
         _prepare_teacher(experiment, schema, training_set, display)
         if workers > 1:

@@ -501,21 +501,38 @@ def test_a_teacher_that_ended_earlier_scores_the_days_since(
 
 
 def test_a_finished_student_is_finished_wherever_its_teacher_has_gone(
-    make_experiment: MakeExperiment, teacher_run: Path, tmp_path: Path
+    make_experiment: MakeExperiment, teacher_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     teacher = tmp_path / "teacher"
     shutil.copytree(teacher_run, teacher)
     student = offline(make_experiment, teacher)
     first = train(student, schema(), tmp_path / "student", progress=False)
-    teacher.rename(tmp_path / "moved")
-    again = train(student, schema(), tmp_path / "student", progress=False)
-    assert again.was_finished
-    assert again.test == first.test
+    moved = tmp_path / "moved"
+    teacher.rename(moved)
+    at_new_place = offline(make_experiment, moved)
+    assert train(at_new_place, schema(), tmp_path / "student", progress=False).was_finished
+    shutil.rmtree(moved)
+    for experiment in (student, at_new_place):
+        again = train(experiment, schema(), tmp_path / "student")
+        assert again.was_finished
+        assert again.test == first.test
+        assert experiment.distillation is not None
+        assert f"there is no teacher at {experiment.distillation.teacher}" in capsys.readouterr().err
+        with pytest.raises(ConfigError, match=r"must be the folder of a finished run"):
+            train(experiment, schema(), tmp_path / "student", progress=False, resume=False)
+    warmer = taught_by(student, mode="offline", teacher=str(moved), temperature=3.0)
+    with pytest.raises(ConfigError, match=r"holds one of another fingerprint: .*distillation\.temperature"):
+        train(warmer, schema(), tmp_path / "student", progress=False)
+    nowhere = offline(make_experiment, Path("x" * 300))  # longer than a name may be
+    assert train(nowhere, schema(), tmp_path / "student", progress=False).was_finished
+    moved.mkdir()  # another teacher, which has not finished
     with pytest.raises(ConfigError, match=r"must be the folder of a finished run"):
-        train(student, schema(), tmp_path / "student", progress=False, resume=False)
-    other = offline(make_experiment, tmp_path / "another")
-    with pytest.raises(ConfigError, match=r"must be the folder of a finished run"):
-        train(other, schema(), tmp_path / "student", progress=False)
+        train(at_new_place, schema(), tmp_path / "student", progress=False)
+    shutil.copytree(teacher_run, moved, dirs_exist_ok=True)
+    config = moved / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"fingerprint": "of another"}))
+    with pytest.raises(ConfigError, match=r"holds one of another fingerprint: distillation\.teacher differ"):
+        train(at_new_place, schema(), tmp_path / "student", progress=False)
     (tmp_path / "student" / "summary.json").unlink()
     with pytest.raises(ConfigError, match=r"must be the folder of a finished run"):
         train(student, schema(), tmp_path / "student", progress=False)
