@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import socket
 import subprocess
 import sys
@@ -24,6 +23,8 @@ COMMANDS = (
     *("simulate", "data", "build", "train", "sweep", "scale", "evaluate", "export", "score"),
     *("materialize", "push", "fetch", "serve", "demo", "bench"),
 )
+MOST_MODULES = 400
+"""What makes help slow is what it loads: 342 modules take a third of a second of a slow processor."""
 HEAVY = {"torch", "torchrec", "polars", "mlflow", "ray", "numpy", "pyarrow", "pandas", "pydantic", "yaml", "uvicorn"}
 
 
@@ -61,18 +62,15 @@ def test_help_comes_at_once_and_shows_an_example(command: str) -> None:
         "import sys; from recsys.cli import main\n"
         f"sys.argv = ['recsys', *{arguments!r}]\n"
         "try:\n    main()\n"
-        "finally:\n    print('\\n@', *sorted({m.partition('.')[0] for m in sys.modules}))"
+        "finally:\n    print('\\n@', *sorted(sys.modules))"
     )
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    shown, _, modules = done.stdout.rpartition("@")
-    assert not HEAVY & set(modules.split())
+    shown, _, loaded = done.stdout.rpartition("@")
+    modules = loaded.split()
+    assert not HEAVY & {module.partition(".")[0] for module in modules}
+    assert len(modules) < MOST_MODULES
     assert f"recsys {command}" in shown
     assert "Example:" in shown or not command
-    # Time on the processor, not on the wall: other work on the machine must not fail the test.
-    seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    assert seconds < 0.5
 
 
 def test_help_lists_every_command(run: Callable[..., Any]) -> None:
