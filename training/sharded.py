@@ -7,8 +7,9 @@ objective is a sum over the global batch, so that the ranks together take the ve
 
 from __future__ import annotations
 
+import itertools
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -127,17 +128,19 @@ class ShardedProcesses:
         return total
 
     def average_sparse(self, tables: Iterable[nn.Parameter]) -> None:
-        """Every rank's rows, put together and divided by the number of ranks: three exchanges for all tables."""
+        """Every rank's rows, put together and divided by the number of ranks: a few exchanges, whatever the tables."""
         tables = [p for p in tables if p.grad is not None and p.grad.is_sparse]
         if not tables:
             return
         gradients = [p.grad.coalesce() for p in tables]  # type: ignore[union-attr]
-        counts = self._gather(torch.tensor([g.values().shape[0] for g in gradients], device=self.device))
-        rows = self._gather(torch.cat([g.indices()[0] for g in gradients]))
-        values = self._gather(torch.cat([g.values().flatten() for g in gradients]))
-        rows_of = [r.split(c.tolist()) for r, c in zip(rows, counts, strict=True)]
-        widths = torch.tensor([p.shape[1] for p in tables], device=self.device)
-        values_of = [v.split((c * widths).tolist()) for v, c in zip(values, counts, strict=True)]
+        own = torch.tensor([g.values().shape[0] for g in gradients], device=self.device)
+        counts = self._gather(own, [len(tables)] * self.world)
+        rows_in = [c.tolist() for c in counts]
+        values_in = [[n * p.shape[1] for n, p in zip(of_rank, tables, strict=True)] for of_rank in rows_in]
+        rows = self._gather(torch.cat([g.indices()[0] for g in gradients]), list(map(sum, rows_in)))
+        values = self._gather(torch.cat([g.values().flatten() for g in gradients]), list(map(sum, values_in)))
+        rows_of = [r.split(sizes) for r, sizes in zip(rows, rows_in, strict=True)]
+        values_of = [v.split(sizes) for v, sizes in zip(values, values_in, strict=True)]
         for index, p in enumerate(tables):
             p.grad = torch.sparse_coo_tensor(
                 torch.cat([of[index] for of in rows_of])[None],
@@ -149,16 +152,17 @@ class ShardedProcesses:
         """Every rank's array."""
         return [g.cpu().numpy() for g in self._gather(torch.from_numpy(np.ascontiguousarray(rows)).to(self.device))]
 
-    def _gather(self, rows: Tensor) -> list[Tensor]:
-        """Every rank's tensor; the first dimension may differ."""
-        sizes = [torch.zeros(1, dtype=torch.int64, device=self.device) for _ in range(self.world)]
-        dist.all_gather(sizes, torch.tensor([len(rows)], device=self.device))
-        longest = max(int(s) for s in sizes)
-        padded = rows.new_zeros((longest, *rows.shape[1:]))
+    def _gather(self, rows: Tensor, sizes: Sequence[int] | None = None) -> list[Tensor]:
+        """Every rank's tensor; the first dimension may differ, and is asked for where the sizes are not known."""
+        if sizes is None:
+            found = [torch.zeros(1, dtype=torch.int64, device=self.device) for _ in range(self.world)]
+            dist.all_gather(found, torch.tensor([len(rows)], device=self.device))
+            sizes = [int(size) for size in found]
+        padded = rows.new_zeros((max(sizes), *rows.shape[1:]))
         padded[: len(rows)] = rows
         gathered = [torch.empty_like(padded) for _ in range(self.world)]
         dist.all_gather(gathered, padded)
-        return [g[: int(s)] for g, s in zip(gathered, sizes, strict=True)]
+        return [g[:size] for g, size in zip(gathered, sizes, strict=True)]
 
     def barrier(self) -> None:
         """Waits for every rank."""
@@ -174,7 +178,7 @@ class _NamedAsInOneProcess(CombinedOptimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """The state by the names of one process."""
-        return {"state": dict(map(_named_as_in_one_process, *zip(*super().state_dict()["state"].items(), strict=True)))}
+        return {"state": dict(itertools.starmap(_named_as_in_one_process, super().state_dict()["state"].items()))}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Takes what :meth:`state_dict` gives."""

@@ -426,9 +426,11 @@ class UnifiedAttentionEncoder(nn.Module):
         Returns:
             (N, D).
         """
-        if request_of_row is None or torch.compiler.is_compiling():
-            return self._encoded(events, times, lengths, profile, time, candidates, request_of_row)
-        if times.shape[0] * self.pattern.num_pairs(times.shape[1]) <= _PAIRS_OF_A_GROUP:
+        if (
+            request_of_row is None
+            or torch.compiler.is_compiling()
+            or times.shape[0] * self.pattern.num_pairs(times.shape[1]) <= _PAIRS_OF_A_GROUP
+        ):
             return self._encoded(events, times, lengths, profile, time, candidates, request_of_row)
         groups = _groups(lengths, request_of_row, self.pattern.num_pairs)
         is_kept = not torch.is_grad_enabled() or sum(group.num_pairs for group in groups) <= _PAIRS_KEPT
