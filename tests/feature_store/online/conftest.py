@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
+from functools import partial
 
+import lmdb
 import pytest
 
 from feature_store.online.key_values import KeyValues
@@ -27,9 +29,10 @@ def redis_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 @pytest.fixture(params=["lmdb", pytest.param("redis", marks=pytest.mark.server)])
 def fresh(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Callable[[], KeyValues]]:
-    """Opens an empty backend at every call."""
+    """Opens an empty backend at every call; LMDB does not wait for the disk: no test cuts the power."""
+    monkeypatch.setattr("feature_store.online.lmdb_store.lmdb.open", partial(lmdb.open, sync=False))
     opened: list[KeyValues] = []
     folder = tmp_path_factory.mktemp("stores")
     numbers = itertools.count()
