@@ -37,7 +37,7 @@ class InconsistentError(ValueError):
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader of plain data: dates stay text (their meaning is the schema's); no repeated keys, no other types."""
+    """SafeLoader of plain data: dates stay text (their meaning is the schema's), 1e-3 is a number; no repeated keys."""
 
 
 _Loader.yaml_constructors = {
@@ -49,6 +49,10 @@ _Loader.yaml_implicit_resolvers = {
     first: [(tag, regexp) for tag, regexp in resolvers if tag != "tag:yaml.org,2002:timestamp"]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
+# YAML 1.2's numbers with an exponent, which PyYAML takes for text where they have no point or no sign: 1e-3, 2.5e3.
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+\Z"), list("-+0123456789")
+)
 
 
 def _mapping_without_repeats(loader: _Loader, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
@@ -254,19 +258,10 @@ def _number_hint(kind: str, got: Any) -> str | None:
     if not isinstance(got, str) or not kind.startswith(("float", "int")):
         return None
     try:
-        number = float(got)
-    except ValueError:
+        number = yaml.load(got, Loader=_Loader)
+    except yaml.YAMLError:
         return None
-    written = _yaml_number(got.lower(), number)
-    return f"write {got} without quotes" if written == got else f"YAML reads {got} as text: write {written}"
-
-
-def _yaml_number(text: str, number: float) -> str:
-    if "e" in text:
-        mantissa, exponent = text.split("e")
-        sign = exponent if exponent[:1] in "+-" else f"+{exponent}"
-        return f"{mantissa if '.' in mantissa else mantissa + '.0'}e{sign}"
-    return repr(number) if not number.is_integer() else f"{number:g}"
+    return f"write {got} without quotes" if type(number) in (int, float) else None
 
 
 def _keys_at(cls: type[BaseModel], location: tuple[Any, ...]) -> list[str]:

@@ -18,6 +18,7 @@ from recsys.config import (
     canonical_json,
     fingerprint,
     load_yaml,
+    override,
     parse_yaml,
     validate,
 )
@@ -207,17 +208,19 @@ def test_rules_between_fields_have_a_line_each() -> None:
 
 
 @pytest.mark.parametrize(
-    ("written", "instead"),
-    [("1e-3", "1.0e-3"), ("1E5", "1.0e+5"), ("2.5e3", "2.5e+3"), ("1e+3", "1.0e+3"), ("-3e-4", "-3.0e-4")],
+    ("written", "number"),
+    [("1e-3", 1e-3), ("1E5", 1e5), ("2.5e3", 2.5e3), ("1e+3", 1e3), ("-3e-4", -3e-4), ("1.0e-3", 1e-3), ("2.e1", 20.0)],
 )
-def test_numbers_that_yaml_reads_as_text(written: str, instead: str) -> None:
+def test_numbers_with_an_exponent_need_neither_point_nor_sign(written: str, number: float) -> None:
     parsed = parse_yaml(f"name: x\noptimizer: {{kind: sgd, momentum: {written}}}", source="run.yaml")
-    assert parsed["optimizer"]["momentum"] == written  # PyYAML, not us
-    lines, hint = problems_of(parsed)
-    assert lines == [f'optimizer.momentum: must be a valid number, got "{written}"']
-    assert hint == f"YAML reads {written} as text: write {instead}"
-    mended = parse_yaml(f"name: x\noptimizer: {{kind: sgd, momentum: {instead}}}", source="run.yaml")
-    assert validate(Run, mended, source="run.yaml").optimizer == Sgd(momentum=float(written))
+    assert validate(Run, parsed, source="run.yaml").optimizer == Sgd(momentum=number)
+    assert apply_overrides({}, [f"a={written}", f"b='{written}'"]) == {"a": number, "b": written}
+    assert apply_overrides({}, [override("a", written)]) == {"a": written}
+
+
+@pytest.mark.parametrize("text", ["1e", "e5", "1e5x", "0x1e-3", "1 e5"])
+def test_what_only_looks_like_a_number_is_text(text: str) -> None:
+    assert parse_yaml(f"a: {text}", source="run.yaml") == {"a": text}
 
 
 def test_yaml_is_read_as_plain_data(tmp_path: Path) -> None:

@@ -42,7 +42,7 @@ def test_the_schema_is_found_beside_the_file_whatever_the_working_directory(
         ("training.epochs=0", r"training\.epochs: must be greater than or equal to 1, got 0"),
         ("training.embedding_optimizer.kind=adamax", r"embedding_optimizer\.kind: 'adamax' is not known"),
         ("training.embedding_optimizer={kind: adagrad, weight_decay: 0.1}", r"weight_decay: is not a known key"),
-        ("training.dense_optimizer={kind: adam, lr: 1e-3}", r"YAML reads 1e-3 as text: write 1\.0e-3"),
+        ("training.dense_optimizer={kind: adam, lr: '1e-3'}", r"write 1e-3 without quotes"),
         ("training.selection.metric=accuracy", r"selection\.metric: must be 'auc', 'gauc', 'logloss', 'ne' or 'ece'"),
         ("training.selection.task=clik", r"selection\.task must be a task of the schema, got 'clik'\s+Hint: .*'click'"),
         ("training.task_weights={lik: 0.5}", r"task_weights\.lik must be a task of the schema, got 'lik'"),
