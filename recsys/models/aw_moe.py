@@ -107,7 +107,9 @@ class AWMoEConfig(Config):
             )
         if self.gate != "attention" and not (self.has_gate_unit and self.has_activation_unit):
             problems.append(f"has_gate_unit and has_activation_unit must be true where gate is {self.gate!r}")
-        if self.gate_norm == "mean" and not (self.gate == "attention" and self.has_activation_unit):
+        if self.gate == "none" and self.gate_norm != "none":
+            problems.append(f"gate_norm must be 'none' where gate is 'none', got {self.gate_norm!r}")
+        elif self.gate_norm == "mean" and not (self.gate == "attention" and self.has_activation_unit):
             problems.append("gate_norm must be 'none' or 'softmax' where the gate averages events already, got 'mean'")
         if problems:
             raise InconsistentError(problems)

@@ -111,6 +111,9 @@ class TWINConfig(_LongHistoryConfig):
         problems = []
         if self.search != "category" and self.category is not None:
             problems.append(f"category must not be given where search is {self.search!r}, got {self.category!r}")
+        for name, searches in (("hash_bits", ("hash", "sampling")), ("hash_width", ("sampling",))):
+            if self.search not in searches and getattr(self, name) != type(self).model_fields[name].default:
+                problems.append(f"{name} must not be given where search is {self.search!r}, got {getattr(self, name)}")
         if self.search == "sampling":
             if self.auxiliary_weight > 0:
                 problems.append(

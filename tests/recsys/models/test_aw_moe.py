@@ -287,6 +287,7 @@ def test_in_search_the_gate_costs_nothing_for_another_candidate() -> None:
         ({"gate": "anchor", "contrastive_weight": 0.1}, "contrastive_weight must be 0 where gate is 'anchor'"),
         ({"gate": "mean", "has_gate_unit": False}, "has_gate_unit and has_activation_unit must be true"),
         ({"has_activation_unit": False, "gate_norm": "mean"}, "gate_norm must be 'none' or 'softmax'"),
+        ({"gate": "none", "num_experts": 1, "gate_norm": "softmax"}, "gate_norm must be 'none' where gate is 'none'"),
         ({"mask_probability": 1.0}, "mask_probability: must be less than 1, got 1.0"),
         ({"temperature": 0.0}, "temperature: must be greater than 0, got 0.0"),
     ],

@@ -295,6 +295,8 @@ def test_the_initialisation_of_the_code_spares_biases_alone() -> None:
             {"search": "hash", "category": "brand"},
             "category must not be given where search is 'hash', got 'brand'",
         ),
+        (TWINConfig, {"hash_bits": 64}, "hash_bits must not be given where search is 'attention', got 64"),
+        (TWINConfig, {"search": "hash", "hash_width": 4}, "hash_width must not be given where search is 'hash', got 4"),
     ],
 )
 def test_a_broken_config_names_its_field(kind: Any, changes: dict[str, Any], message: str) -> None:
