@@ -36,9 +36,9 @@ from recsys.layers.unified_attention import (
     AlignmentPooling,
     NormStyle,
     SwiGLU,
-    UnifiedAttentionEncoder,
     variance_scaling_,
 )
+from recsys.layers.unified_encoder import UnifiedAttentionEncoder
 
 __all__ = [
     "ACTIVATIONS",

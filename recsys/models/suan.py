@@ -111,7 +111,7 @@ class LightSUANConfig(UnifiedAttentionConfig):
 class SUAN(nn.Module):
     """The network of SUAN and of LightSUAN: vectors in, one logit a task out.
 
-    Source: see the module; the blocks are :class:`~recsys.layers.unified_attention.UnifiedAttentionEncoder`.
+    Source: see the module; the blocks are :class:`~recsys.layers.unified_encoder.UnifiedAttentionEncoder`.
 
     Differs from source: several histories, each with an encoder of its own; several tasks, each with its own logit;
     dense features of user and context are tokens of the profile too, each through a layer of its own; no batch

@@ -19,7 +19,7 @@ import torch.multiprocessing as mp
 
 from recsys.config import validate
 from recsys.errors import ConfigError
-from recsys.layers import unified_attention
+from recsys.layers import unified_encoder
 from recsys.layers.activations import Dice, masked_moments
 from recsys.models.suan import SUANConfig
 from recsys.schema import Schema
@@ -161,8 +161,8 @@ def test_two_ranks_follow_one_process_where_histories_are_encoded_in_groups(
     """Each rank forms other groups than one process does, and computes them again for the gradient."""
     config, schema = experiment(folder, epochs=2)
     config = config.model_copy(update={"model": SUANConfig(**SUAN)})
-    monkeypatch.setattr(unified_attention, "_PAIRS_OF_A_GROUP", 100)
-    monkeypatch.setattr(unified_attention, "_PAIRS_KEPT", 0)
+    monkeypatch.setattr(unified_encoder, "_PAIRS_OF_A_GROUP", 100)
+    monkeypatch.setattr(unified_encoder, "_PAIRS_KEPT", 0)
     train(config, schema, tmp_path / "one", progress=False)
     RunFolder(tmp_path / "two").begin(config, schema, TrainingSet.open(folder / "training_set"), resume=True)
     in_processes(_train_groups, 2, tmp_path, folder)
@@ -174,7 +174,7 @@ def _train_groups(tmp_path: Path, folder: Path) -> None:
     from training.sharded import ShardedProcesses
     from training.trainer import train_rank
 
-    unified_attention._PAIRS_OF_A_GROUP, unified_attention._PAIRS_KEPT = 100, 0
+    unified_encoder._PAIRS_OF_A_GROUP, unified_encoder._PAIRS_KEPT = 100, 0
     config, schema = experiment(folder, epochs=2)
     config = config.model_copy(update={"model": SUANConfig(**SUAN)})
     train_rank(config, schema, tmp_path / "two", ShardedProcesses(), display=TrainingDisplay(enabled=False))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from recsys.errors import ConfigError
-from recsys.layers import CausalPattern, LocalDilatedPattern, SwiGLU, UnifiedAttentionEncoder, unified_attention
+from recsys.layers import CausalPattern, LocalDilatedPattern, SwiGLU, UnifiedAttentionEncoder, unified_encoder
 from recsys.layers.unified_attention import DualAlignment, Requests, UnifiedAttentionBlock
 from tests.references import suan as reference
 
@@ -160,13 +160,13 @@ def test_groups_of_requests_are_encoded_as_all_at_once(
         return out, torch.autograd.grad((out * weight).sum(), read)
 
     whole, gradients = encoded()
-    monkeypatch.setattr(unified_attention, "_PAIRS_KEPT", kept)
+    monkeypatch.setattr(unified_encoder, "_PAIRS_KEPT", kept)
     calls: list[tuple[int, int]] = []
     original = layer._encoded
     monkeypatch.setattr(layer, "_encoded", lambda *a: calls.append(tuple(a[1].shape)) or original(*a))  # type: ignore[func-returns-value]
     for most, number in ((100, 2), (1, 7)):
         calls.clear()
-        monkeypatch.setattr(unified_attention, "_PAIRS_OF_A_GROUP", most)
+        monkeypatch.setattr(unified_encoder, "_PAIRS_OF_A_GROUP", most)
         again, of_groups = encoded()
         assert len(calls) >= number * (1 if kept else 2), "computed again where not kept"
         assert calls[0][1] == 9, "the longest first"
