@@ -44,7 +44,7 @@ format: $(STAMP)  ## mend what ruff can mend
 type: $(STAMP)  ## mypy, strict
 	$(VENV)/bin/mypy
 
-bench: $(STAMP)  ## every benchmark, as one JSON object
+bench: $(STAMP)  ## every benchmark but build-peers, as one JSON object
 	@$(VENV)/bin/recsys bench all --json
 
 bench-frappe: $(STAMP)  ## seven models on Frappe, five seeds (RAW=folder; FUXICTR=its Python, to train it too)

@@ -4,9 +4,10 @@ Users belong to one of :data:`NUM_SHARDS` shards by the hash of their key. The t
 key, and an event log by user row, so that each shard is one run of rows of the log: it can be sorted, written, mapped
 or handed to another process by itself.
 
-Two passes over the events view: the first checks rows and finds the keys (:func:`scan_events`), the second numbers
-users and items and spills each event to its shard, in memory up to :data:`MEMORY_BYTES`, then on disk. Then one shard
-at a time is sorted. Peak memory is that of the largest shard, whatever the number of events.
+Two passes over the events view: the first checks rows and finds the keys
+(:meth:`feature_store.joined.Happened.scan`), the second numbers users and items and spills each event to its shard, in
+memory up to :data:`MEMORY_BYTES`, then on disk. Then one shard at a time is sorted. Peak memory is that of the largest
+shard, whatever the number of events.
 """
 
 from __future__ import annotations

@@ -60,7 +60,7 @@ def _recover(folder: Path) -> None:
 def replacing(folder: Path, *, keep_in: Path | None = None) -> Iterator[Path]:
     """Yields a new folder that takes the place of ``folder`` if the block ends well, and vanishes if it does not.
 
-    Hold :func:`exclusive` around it. The block writes :data:`manifest.json` last.
+    Hold :func:`exclusive` around it. The block writes ``manifest.json`` last.
 
     Args:
         folder: to replace.

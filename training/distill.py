@@ -15,7 +15,7 @@ undoes.
   the teacher's run folder, and read again by every student after that. It must have learnt nothing of the student's
   validation and test periods, and its checkpoint must not have been chosen by the latter (:func:`check_teacher`).
 
-Source: Lai et al., "SUAN", RecSys 2025, arXiv 2508.15326 (online; three terms and a temperature); Hinton, Vinyals,
+Source: SUAN, Lai et al., RecSys 2025, arXiv 2508.15326 (online; three terms and a temperature); Hinton, Vinyals,
 Dean, "Distilling the Knowledge in a Neural Network", 2015, arXiv 1503.02531 (the squared temperature).
 # RECONSTRUCTION: weight, temperature, stop-gradient and separate tables are the sensible reading; no source gives them.
 

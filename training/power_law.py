@@ -10,7 +10,7 @@ Points can be described by such a curve without saying where it ends: those on a
 up to any :math:`A`. The least squares then lie at a bound of :math:`A` or :math:`\gamma`, or at :math:`c = 0`; the law
 is called *not identified*, and nothing is concluded from it beyond the x that it was fitted to.
 
-Source: the claim that AUC follows power laws of model grade and of data is of Lai et al., "SUAN" (RecSys 2025, arXiv
+Source: the claim that AUC follows power laws of model grade and of data is of SUAN (Lai et al., RecSys 2025, arXiv
 2508.15326), which this project knows from summaries; form and fit are a reconstruction, the usual ones of such studies.
 """
 

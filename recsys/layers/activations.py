@@ -105,8 +105,8 @@ class Dice(nn.Module):
         # DIFF(paper): valid positions only, because a padded position is not data and would shift every channel.
         mean, var, num_positions = self.moments(x, valid)
         with torch.no_grad():
-            # A batch without one valid position leaves the moving averages as they are.
-            step = self.momentum * (num_positions > 0).to(x.dtype)
+            # A batch without two valid positions, and so without a variance, leaves the moving averages as they are.
+            step = self.momentum * (num_positions > 1).to(x.dtype)
             unbiased = var * num_positions.to(x.dtype) / (num_positions - 1).clamp(min=1)
             self.running_mean.lerp_(mean.detach(), step)
             self.running_var.lerp_(unbiased.detach(), step)

@@ -53,6 +53,7 @@ class ActivationUnit(nn.Module):
         if not hidden or min(hidden) < 1:
             raise ConfigError(f"hidden must name at least one layer, each at least 1 wide, got {tuple(hidden)}")
         self.query_size, self.key_size = query_size, key_size
+        # DIFF(paper): keys may be wider than queries, because only events have some features.
         self.first = nn.Linear(3 * query_size + key_size, hidden[0])
         self.hidden = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(hidden))
         self.output = nn.Linear(hidden[-1], 1)

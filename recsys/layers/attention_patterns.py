@@ -1,7 +1,7 @@
 """Which events an event attends to, and the bias of a pair: what SUAN and LightSUAN differ in, and what they share.
 
-Source: Lai, Jin, Zhang, Zheng, Dong, Cheng, Lei, Wang, "SUAN", RecSys 2025, arXiv 2508.15326, as far as its released
-code (laiweijiang/SUAN) and others' read-throughs tell; no equation numbers are known.
+Source: SUAN, Lai et al., RecSys 2025, arXiv 2508.15326, as far as its released code (laiweijiang/SUAN) and others'
+read-throughs tell; no equation numbers are known.
 
 Shapes: R requests, H heads, L events, d width of a head, Y layers.
 """
@@ -70,6 +70,7 @@ class RelativeBias(nn.Module):
     def __init__(self, max_offset: int, *, num_layers: int = 1, num_heads: int = 1) -> None:
         super().__init__()
         self.max_offset = max_offset
+        # DIFF(code): half of its table, because no event sees what comes after it.
         self.position = nn.Parameter(torch.empty(max_offset + 1, num_layers, num_heads))
         self.time = nn.Parameter(torch.empty(NUM_TIME_BUCKETS, num_layers, num_heads))
         self.reset_parameters()
@@ -134,6 +135,8 @@ class CausalPattern(nn.Module):
 class LocalDilatedPattern(nn.Module):
     r"""Every event sees the last k and every r-th before it: :math:`i - j < k` or :math:`(i - j) \bmod r = 0`.
 
+    # RECONSTRUCTION: the formula, and what a candidate sees; the authors' LightSUAN is not released.
+
     In a program that is exported, blocks and classes are those of the longest history, whatever the length at hand.
 
     Args:
@@ -157,6 +160,7 @@ class LocalDilatedPattern(nn.Module):
         if window < 1 or dilation < 1:
             raise ConfigError(f"window and dilation must be at least 1, got {window} and {dilation}")
         self.window, self.dilation, self.max_length = min(window, max_length), dilation, max_length
+        self._candidate_window = window  # the oldest of a full history is max_length places before a candidate
         self.is_split, self.is_candidate_sparse = is_split, is_candidate_sparse
         self._attention = split_attention if is_split else local_dilated_attention
 
@@ -195,7 +199,7 @@ class LocalDilatedPattern(nn.Module):
         """Which events a candidate sees, by how many places before it they are."""
         if not self.is_candidate_sparse:
             return offsets > 0
-        return (offsets > 0) & ((offsets < self.window) | (offsets % self.dilation == 0))
+        return (offsets > 0) & ((offsets < self._candidate_window) | (offsets % self.dilation == 0))
 
     def extra_repr(self) -> str:
         """What ``print`` shows of the layer."""

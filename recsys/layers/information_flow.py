@@ -95,7 +95,9 @@ class SequenceProxies(nn.Module):
             # The last layer is linear: pool in front of it, and give its bias once an event.
             hidden = (real.unsqueeze(1) @ self.mlp(gated)).squeeze(1)
             total = torch.addmm(real.sum(1, keepdim=True) * self.output.bias, hidden, self.output.weight.t())
+            # DIFF(paper): as many proxies a history as asked for, because formula and text name different numbers.
             proxies.append((total / length.pow(self._by_length)).unflatten(1, self._shape))
+        # DIFF(paper): by default a mean or sum over events is normalised, because it grows with their number.
         return self.norm(torch.cat(proxies, dim=1))  # type: ignore[no-any-return]
 
 
@@ -150,7 +152,9 @@ class FlowBlock(nn.Module):
 
     Source: INFNet (arXiv 2508.11565, v1), the equations of the two flows.
 
-    Differs from source: options settle what the paper leaves open, and only what ``plan`` names is computed.
+    Differs from source: options settle what the paper leaves open. Above, the block's own proxies gate, as in the
+    paper's prose; its formula has :math:`PGU(C, \tilde C)`, the proxies before the block. By default the input is added
+    and the sum normalised. Only what ``plan`` names is computed.
 
     Args:
         plan: what to compute.
@@ -240,6 +244,7 @@ class FlowBlock(nn.Module):
             Streams (task tokens gated) and tokens.
         """
         seen = self._heterogeneous(streams, tokens, events_of_requests, to_rows)
+        # DIFF(paper): by default plus the input, as in its prose, and normalised; the formulas have neither.
         updated = {
             stream: self.norm[stream](torch.add(seen[stream], streams[stream], alpha=self._kept))
             for stream in self._plan.streams
@@ -282,6 +287,7 @@ class FlowBlock(nn.Module):
     ) -> tuple[dict[str, Tensor], dict[str, GatedTokens]]:
         """PGU of each type: C', S' and T'."""
         streams, gated = dict(updated), dict(tokens)
+        # DIFF(paper): by default the proxies of this block, as in its prose; the formula gates by those before it.
         proxies = updated if self._gate_updated else before
         for kind in self._plan.gates:
             factor = self.gate[kind](proxies[GATED_BY[kind]]) + self._ungated

@@ -281,6 +281,7 @@ class BilinearFusion(nn.Module):
         self.num_heads, self.num_tasks = num_heads, num_tasks
         self.left = nn.Linear(left_size, num_tasks)
         self.right = nn.Linear(right_size, num_tasks)
+        # DIFF(paper): one output a task, because there may be several.
         self.blocks = nn.Parameter(torch.empty(num_tasks, num_heads, left_size // num_heads, right_size // num_heads))
         self.reset_parameters()
 

@@ -7,9 +7,8 @@ then chooses for each channel between the two, then transforms each position by 
 Candidates are rows of their own here: they read the events, and no event reads them, so the events of a request are
 encoded once for all its candidates.
 
-Source: Lai, Jin, Zhang, Zheng, Dong, Cheng, Lei, Wang, "SUAN", RecSys 2025, arXiv 2508.15326. What we know of it is
-its released code (laiweijiang/SUAN) and others' read-throughs; no equation numbers are known. Where code and paper are
-said to differ, there is an option.
+Source: SUAN, Lai et al., RecSys 2025, arXiv 2508.15326. What we know of it is its released code (laiweijiang/SUAN) and
+others' read-throughs; no equation numbers are known. Where code and paper are said to differ, there is an option.
 
 Shapes: R requests, N candidates (rows), H heads, L events, U profile tokens, D width of a position of the sequence, d
 width of a head, Y layers.
@@ -211,6 +210,7 @@ class DualAlignment(nn.Module):
         return f"pooling={self.pooling}"
 
 
+# DIFF(code): of events only, because an event that saw a candidate could not be scored beside others.
 def _mean_of_events(events: Tensor, _: Tensor, requests: Requests) -> tuple[Tensor, Tensor]:
     mean_RD = _sum_of_events(events, requests) / requests.lengths.clamp(min=1).unsqueeze(1)
     return mean_RD.unsqueeze(1), requests.of_rows(mean_RD)

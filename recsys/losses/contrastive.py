@@ -46,7 +46,8 @@ def contrastive_loss(
         similarity: ``dot`` can be raised by mere length, ``cosine`` cannot.
         temperature: :math:`\tau`, above 0.
         num_negatives: how many each row has at most, the first of other groups that follow it in the batch, round the
-            end; all if not given. Of a shuffled batch that is a random choice.
+            end; all if not given. Of shuffled rows that is a random choice; of rows that lie by request, all may be of
+            one group.
         counts: (B,) int64 :math:`c`, how many equal rows each stands for; 1 if not given.
         takes_part: (B,) False: no anchor of its own, a negative of others all the same; all True if not given.
 

@@ -100,7 +100,7 @@ def gauc(labels: ArrayLike, scores: ArrayLike, groups: ArrayLike) -> Gauc:
 
     Ties count one half. Groups of one class are left out of both sums: their AUC is not defined.
 
-    Source: Zhou et al., "Deep Interest Network for Click-Through Rate Prediction", KDD 2018, section 6.2.
+    Source: Zhou et al., "Deep Interest Network for Click-Through Rate Prediction", KDD 2018, section 6.3.
 
     Args:
         labels: (n,) 0, 1, or NaN for a row that takes no part.
@@ -234,7 +234,7 @@ def rela_impr(auc: float, base: float) -> float:
 
     .. math:: \left( \frac{\mathrm{AUC} - 0.5}{\mathrm{AUC}_\mathrm{base} - 0.5} - 1 \right) \cdot 100
 
-    Source: Zhou et al., KDD 2018, section 6.2 (after Yan et al., ICML 2014).
+    Source: Zhou et al., KDD 2018, section 6.3 (after Yan et al., ICML 2014).
 
     Returns:
         Percent; NaN if the base is 0.5 exactly.

@@ -80,7 +80,9 @@ class AWMoEConfig(Config):
     has_gate_unit: bool = Field(True, description="false: a linear map of the weighted sum of events instead of votes")
     has_activation_unit: bool = Field(True, description="false: every event's vote counts the same")
     gate_norm: Literal["none", "mean", "softmax"] = Field(
-        "none", description="'mean': divided by the number of events; 'softmax': over experts; reconstruction"
+        "none",
+        description="'mean': divided by the number of events, the default one included; 'softmax': over experts; "
+        "reconstruction",
     )
     gate_inputs: Literal["own", "shared"] = Field(
         "own", description="'own': the contrastive loss does not reach the experts' input network; reconstruction"
@@ -317,6 +319,7 @@ class AWMoE(nn.Module):
         self.query = MLP(sizes[0], hidden, activation="relu") if self._query else None
         self.other = JoinedMLP(sizes[1], sizes[2], hidden, activation="relu") if sizes[1] + sizes[2] else None
         groups = 2 * len(schema.histories) + (self.query is not None) + (self.other is not None)
+        # DIFF(paper): every expert has an output a task, because there may be several; one gate serves all.
         self.experts = ExpertTowers(
             groups * size,
             config.num_experts,

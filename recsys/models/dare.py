@@ -4,8 +4,8 @@ A long history is used in two stages: a cheap score ranks all events by relevanc
 are weighed and pooled. Models before it score and pool with the same vectors. Their gradients pull those in different
 directions, and the pooling wins. DARE gives each role its own tables, and the scoring ones may be narrow.
 
-Feng, Pang, Wu, Chen, Zhao, Mo, Long, Wang: "Long-Sequence Recommendation Models Need Decoupled Embeddings", ICLR 2025,
-arXiv 2410.02604. Numbers of sections refer to it; "the code" is the authors' (thuml/DARE).
+Feng, Pan, Wu, Chen, Wang, Li, Hu, Jiang, Long: "Long-Sequence Recommendation Models Need Decoupled Embeddings", ICLR
+2025, arXiv 2410.02604. Numbers of sections refer to it; "the code" is the authors' (thuml/DARE).
 
 Shapes: R requests, N candidates (rows), L history length, K events kept, A width of an attention vector, V width of a
 representation vector, T tasks.
@@ -41,6 +41,9 @@ from recsys.ops.search_attention import (
 )
 from recsys.schema import Categorical, History, MultiCategorical, Schema
 
+CODE_STD = 0.01
+"""Deviation of initial weights in the code."""
+
 
 class _LongHistoryConfig(Config):
     embedding_dim: int = Field(
@@ -57,7 +60,7 @@ class _LongHistoryConfig(Config):
     dropout: float = Field(0.0, ge=0.0, lt=1.0, description="after each layer of the head; the code: none")
     initialisation: Literal["xavier", "code"] = Field(
         "xavier",
-        description="'code': every weight but biases N(0, 0.01), those of batch norm and PReLU too, as the code does",
+        description="'code': every weight but biases N(0, 0.01), of tables, batch norm and PReLU too, as the code does",
     )
 
 
@@ -431,6 +434,7 @@ class LongHistoryNetwork(nn.Module):
         size = sum(h.output_size for h in self.histories)  # type: ignore[misc]
         num_tasks = len(schema.tasks)
         self.norm = RowBatchNorm(size)
+        # DIFF(code): features that no history has join in, not normalised; the code's data have none.
         self.mlp = JoinedMLP(
             sum(width[name] for name in self._request),
             size + sum(width[name] for name in self._candidate),
@@ -438,6 +442,7 @@ class LongHistoryNetwork(nn.Module):
             activation=config.activation,
             dropout=config.dropout,
         )
+        # DIFF(code): one logit a task, not a two-way softmax, because a sigmoid of the difference is the same.
         self.output = nn.Linear(config.hidden[-1], num_tasks)
         self._auxiliary_weight = config.auxiliary_weight
         if config.auxiliary_weight > 0:
@@ -464,7 +469,7 @@ class LongHistoryNetwork(nn.Module):
         if self._initialisation == "code":
             for name, parameter in self.named_parameters():
                 if "bias" not in name:
-                    nn.init.normal_(parameter, std=0.01)
+                    nn.init.normal_(parameter, std=CODE_STD)
 
     def forward(self, embedded: Embedded) -> Tensor:
         """Logits (N, T) of any number of requests."""
@@ -537,7 +542,7 @@ def build_dare(config: DAREConfig, schema: Schema, table_sizes: Mapping[str, int
     """
     network = LongHistoryNetwork(config, schema, DARE_ROLES, config.attention_dim)
     spaces = spaces_of(schema, DARE_ROLES, config.attention_dim, config.embedding_dim)
-    return RankingModel(Lookup(schema, table_sizes, config.embedding_dim, spaces=spaces), network)
+    return RankingModel(_tables(config, schema, table_sizes, spaces), network)
 
 
 def build_twin(config: TWINConfig, schema: Schema, table_sizes: Mapping[str, int]) -> RankingModel:
@@ -549,4 +554,11 @@ def build_twin(config: TWINConfig, schema: Schema, table_sizes: Mapping[str, int
     roles = TWIN_ROLES[config.tables]
     network = LongHistoryNetwork(config, schema, roles, config.embedding_dim)
     spaces = spaces_of(schema, roles, config.embedding_dim, config.embedding_dim)
-    return RankingModel(Lookup(schema, table_sizes, config.embedding_dim, spaces=spaces), network)
+    return RankingModel(_tables(config, schema, table_sizes, spaces), network)
+
+
+def _tables(
+    config: _LongHistoryConfig, schema: Schema, table_sizes: Mapping[str, int], spaces: tuple[Space, ...]
+) -> Lookup:
+    init_std = CODE_STD if config.initialisation == "code" else None
+    return Lookup(schema, table_sizes, config.embedding_dim, spaces=spaces, init_std=init_std)

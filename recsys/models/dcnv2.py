@@ -55,6 +55,7 @@ class DCNv2(nn.Module):
         request_size, row_size = self.fields.request_size, self.fields.row_size
         self.cross = CrossNetwork(request_size, row_size, config.num_cross_layers)
         self.mlp = deep_mlp(config, self.fields)
+        # DIFF(paper): one logit a task, because there may be several.
         self.output = nn.Linear(request_size + row_size + config.hidden[-1], len(schema.tasks))
         xavier_normal(self)
 

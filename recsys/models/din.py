@@ -30,7 +30,7 @@ from recsys.schema import Schema
 
 
 class DINConfig(Config):
-    """Config of :class:`DIN`. Defaults are the paper's where it gives them."""
+    """Config of :class:`DIN`. Defaults are the paper's where it gives them, but for the width of tables."""
 
     kind: Literal["din"] = "din"
     embedding_dim: int = Field(
@@ -40,7 +40,7 @@ class DINConfig(Config):
         "attention", description="of a history; `mean`: the paper's BaseModel (section 4.2), which reads no attention_*"
     )
     attention_hidden: tuple[Width, ...] = Field(
-        (36,), min_length=1, description="widths of the activation unit; paper: not given; the authors' later code: 36"
+        (36,), min_length=1, description="widths of the activation unit; paper: not given; DARE's DIN: 36"
     )
     attention_activation: ActivationName = Field("dice", description="paper: PReLU or Dice (figure 2)")
     attention_softmax: bool = Field(
@@ -96,6 +96,7 @@ class DIN(nn.Module):
 
         query_sizes = [sum(width[name] for name in names) for names in self._query]
         key_sizes = [sum(width[name] for name in names) for names in self._keys]
+        # DIFF(paper): an activation unit a history, because kinds of behaviour weigh differently.
         self.attention = nn.ModuleList(_pooling(config, q, k) for q, k in zip(query_sizes, key_sizes, strict=True))
         self.mlp = JoinedMLP(
             sum(width[name] for name in self._request),

@@ -48,6 +48,7 @@ class DNN(nn.Module):
         super().__init__()
         self.fields = Fields(schema, config.embedding_dim)
         self.mlp = deep_mlp(config, self.fields)
+        # DIFF(paper): one logit a task, because there may be several.
         self.output = nn.Linear(config.hidden[-1], len(schema.tasks))
         xavier_normal(self)
 

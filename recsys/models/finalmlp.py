@@ -115,6 +115,7 @@ class DualMLP(nn.Module):
             )
             for hidden, dropout in ((config.hidden_1, config.dropout_1), (config.hidden_2, config.dropout_2))
         )
+        # DIFF(paper): one logit a task, because there may be several.
         self.outputs = nn.ModuleList(
             nn.Linear(hidden[-1], len(schema.tasks)) for hidden in (config.hidden_1, config.hidden_2)
         )

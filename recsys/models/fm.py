@@ -51,6 +51,7 @@ class FM(nn.Module):
     def __init__(self, config: FMConfig, schema: Schema) -> None:
         super().__init__()
         num_tasks = len(schema.tasks)
+        # DIFF(paper): each task has first-order weights of its own, because there may be several.
         self.first_order = Fields(schema, num_tasks, space=FIRST_ORDER)
         self.fields = Fields(schema, config.embedding_dim)
         self.interaction = PairwiseInteraction(config.embedding_dim, num_tasks)

@@ -86,8 +86,8 @@ class INFNetConfig(Config):
     )
     residual: bool = Field(
         True,
-        description="[2] add the block's input to proxies and task tokens, at any depth; paper: in the prose, not in "
-        "the formulas",
+        description="[2] add the block's input to proxies and task tokens, at any depth (worth it from two blocks on); "
+        "paper: in the prose, not in the formulas",
     )
     gate_residual: bool = Field(
         False, description="[2] PGU(X) = X * gate + X; paper: in the prose, not in the formulas"
@@ -117,12 +117,13 @@ class INFNetConfig(Config):
     )
     projections: Literal["per_call", "per_source"] = Field(
         "per_call",
-        description="[11] keys and values: of each cross-attention, or shared by all onto one type; paper: open",
+        description="[11] keys and values: of each cross-attention, or shared by all onto one type (queries are not); "
+        "paper: open",
     )
     unused_updates: bool = Field(
         False,
-        description="[12] also update what nothing reads, in the last block: parameters as the paper counts them, the "
-        "same logits",
+        description="[12] also update what nothing reads, in the last block: parameters as the "
+        "equations imply, the same logits",
     )
     gate_bias: float = Field(0.0, description="initial bias of the gates; 0: they start around one half")
     proxy_hidden: tuple[Width, ...] = Field(
@@ -132,7 +133,9 @@ class INFNetConfig(Config):
     activation: ActivationName = Field("relu", description="of the heads")
     dropout: float = Field(0.0, ge=0.0, lt=1.0, description="in the heads; paper: 0, 0.1 or 0.2")
     variant: Literal["full", "without_task_tokens", "without_gates", "without_flow"] = Field(
-        "full", description="the paper's ablations: no task tokens, no PGU, no heterogeneous flow"
+        "full",
+        description="the paper's ablations: no task tokens, no PGU (reads no gate_*), no heterogeneous flow (reads "
+        "nothing that is said of attention)",
     )
 
     @model_validator(mode="after")

@@ -5,7 +5,8 @@ beside the features. SUAN's events attend to all that was before them; LightSUAN
 before, which is what makes long histories affordable. Both score all candidates of a request in one pass: no event sees
 a candidate and no candidate sees another, so the events are encoded once.
 
-Lai, Jin, Zhang, Zheng, Dong, Cheng, Lei, Wang: "SUAN", RecSys 2025, doi 10.1145/3705328.3748046, arXiv 2508.15326.
+Lai, Jin, Zhang, Zheng, Dong, Cheng, Lei, Wang: "Exploring Scaling Laws of CTR Model for Online Performance
+Improvement" (SUAN), RecSys 2025, doi 10.1145/3705328.3748046, arXiv 2508.15326.
 The blocks are the released code's (laiweijiang/SUAN), which holds SUAN alone and cannot run as it is; LightSUAN, the
 distillation (:mod:`training.distill`) and what the paper says where the code differs are known from read-throughs.
 No equation numbers are known. The paper's ablations name an "AFNet" that nothing at hand describes; there is none here.
@@ -151,7 +152,7 @@ class SUAN(nn.Module):
         candidate_width = sum(width[n] for n in self._candidate)
         event_widths = [sum(width[n] for n in names) for names in self._events]
         encoder_widths = [config.width or size for size in event_widths]
-        # DIFF(paper): a dense feature of user or context is a token as well, because one vector for the profile would
+        # DIFF(paper): features of the context and dense ones are tokens as well, because a profile of one vector would
         # leave nothing to attend to.
         self.tokens = nn.ModuleList(nn.Linear(width[n], config.embedding_dim) for n in self._dense)
         self.to_width = nn.ModuleList(
@@ -176,6 +177,7 @@ class SUAN(nn.Module):
             )
             for size, history in zip(encoder_widths, schema.histories, strict=True)
         )
+        # DIFF(code): no batch norm in the head, because Dice normalises by itself.
         self.mlp = JoinedMLP(
             sum(width[n] for n in self._request),
             candidate_width + sum(encoder_widths),

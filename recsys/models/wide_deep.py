@@ -52,6 +52,7 @@ class WideDeep(nn.Module):
         self.first_order = Fields(schema, len(schema.tasks), space=FIRST_ORDER)
         self.fields = Fields(schema, config.embedding_dim)
         self.mlp = deep_mlp(config, self.fields)
+        # DIFF(paper): one logit a task, because there may be several.
         self.output = nn.Linear(config.hidden[-1], len(schema.tasks))
         xavier_normal(self)
 

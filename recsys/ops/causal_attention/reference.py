@@ -16,8 +16,8 @@ Three forms of the events' own attention:
   :math:`O(L (2k + L / r))` products and memory, and no L x L matrix.
 - :func:`split_attention`: the same two patterns, each in half of the heads with a softmax of its own.
 
-Source: Lai et al., "SUAN" (RecSys 2025, arXiv 2508.15326) for masks, bias and the two patterns. The block forms are
-ours; they are equal in exact arithmetic.
+Source: SUAN, Lai et al., RecSys 2025, arXiv 2508.15326, for causal mask and bias. # RECONSTRUCTION: the formulas of the
+two patterns, after read-throughs of the paper. The block forms are ours; they are equal in exact arithmetic.
 
 Shapes: R requests, N candidates (rows), H heads, L events, d width of a head, W block = k, B blocks, C residue classes
 = r, A events of a class. A bias is added to the scores; it is ``-inf`` where a pair is not allowed, has 1 or H heads,
@@ -140,7 +140,7 @@ def local_dilated_attention(
 ) -> Tensor:
     r"""As :func:`causal_attention` over the union of local and dilated pairs, each pair counted once.
 
-    Source: LightSUAN; the formulas are a reconstruction, see :mod:`recsys.models.suan`.
+    Source: LightSUAN; the formulas are a reconstruction (see the module).
 
     Args:
         query, key, value: (R, H, L, d).

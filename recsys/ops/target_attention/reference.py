@@ -178,6 +178,7 @@ def _masked(scores: Tensor, valid: Tensor) -> Tensor:
 
 
 def _softmax(scores: Tensor, valid: Tensor, width: int) -> Tensor:
+    # DIFF(code): an empty history gives zeros, because an average of padding means nothing.
     # The lowest finite number rather than -inf: a row without events stays finite, and is then zeroed.
     lowest = torch.finfo(scores.dtype).min
     return _masked(torch.softmax((scores / math.sqrt(width)).masked_fill(~valid, lowest), dim=1), valid)

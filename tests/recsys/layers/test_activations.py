@@ -45,6 +45,14 @@ def test_dice_in_training_uses_the_statistics_of_valid_rows() -> None:
     np.testing.assert_allclose(layer.running_var, 0.9 * before.running_var.numpy() + 0.1 * unbiased, rtol=1e-12)
 
 
+@pytest.mark.parametrize("count", [0, 1])
+def test_dice_learns_no_moving_averages_from_what_has_no_variance(count: int) -> None:
+    layer, x = random_dice(3), torch.randn(5, 3, dtype=torch.float64)
+    before = copy.deepcopy(layer.state_dict())
+    assert layer(x, torch.arange(5) < count).isfinite().all()
+    torch.testing.assert_close(layer.state_dict(), before, rtol=0, atol=0)
+
+
 def test_dice_keeps_the_moving_averages_of_batch_normalisation() -> None:
     torch.manual_seed(2)
     layer, norm = Dice(3, momentum=0.3), nn.BatchNorm1d(3, eps=1e-8, momentum=0.3, affine=False)

@@ -6,7 +6,7 @@ import itertools
 
 import torch
 
-from recsys.layers.attention_patterns import RelativeBias, time_buckets
+from recsys.layers.attention_patterns import LocalDilatedPattern, RelativeBias, time_buckets
 from tests.references import suan as reference
 
 
@@ -34,3 +34,14 @@ def test_the_bias_of_time_is_symmetric_and_that_of_place_toeplitz() -> None:
     for i, j in itertools.product(range(6), range(6)):
         wanted = bias.position[i - j].detach() if i >= j else torch.full((2, 3), -torch.inf)
         torch.testing.assert_close(of_place[:, 0, :, i, j], wanted)
+
+
+def test_a_candidate_behind_a_window_wider_than_the_history_sees_all_of_it() -> None:
+    """The oldest event of a full history is as many places before the candidate as the history is long."""
+    offsets = torch.arange(9)
+    seen = {
+        window: LocalDilatedPattern(window, 5, max_length=8, is_candidate_sparse=True).is_seen(offsets).tolist()
+        for window in (8, 9, 50)
+    }
+    assert seen[8] == [False, *[True] * 7, False]
+    assert seen[9] == seen[50] == [False, *[True] * 8]

@@ -272,6 +272,8 @@ def test_the_initialisation_of_the_code_spares_biases_alone() -> None:
         elif parameter.numel() > 500:
             assert parameter.std().item() == pytest.approx(0.01, rel=0.1), name
     assert network.norm.weight.abs().max().item() < 0.1
+    for name, table in build_dare(config, schema(), dict.fromkeys(TABLE_SIZES, 5000)).lookup.named_parameters():
+        assert table.std().item() == pytest.approx(0.01, rel=0.1), name
 
 
 @pytest.mark.parametrize(
