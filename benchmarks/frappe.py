@@ -43,7 +43,7 @@ PUBLISHED = {
 
 BY_FUXICTR = ("finalmlp", "dualmlp")
 FAST = tuple(f"{model}_fast" for model in BY_FUXICTR)
-"""The same networks, by a schedule that is not the published one and ends sooner."""
+"""The same networks (FinalMLP's with less dropout), by a schedule that is not the published one and ends sooner."""
 ROOT = Path(__file__).resolve().parents[1]
 
 

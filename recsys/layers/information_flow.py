@@ -97,7 +97,7 @@ class SequenceProxies(nn.Module):
             total = torch.addmm(real.sum(1, keepdim=True) * self.output.bias, hidden, self.output.weight.t())
             # DIFF(paper): as many proxies a history as asked for, because formula and text name different numbers.
             proxies.append((total / length.pow(self._by_length)).unflatten(1, self._shape))
-        # DIFF(paper): by default a mean or sum over events is normalised, because it grows with their number.
+        # DIFF(paper): by default proxies of histories are normalised, because a sum grows with the number of events.
         return self.norm(torch.cat(proxies, dim=1))  # type: ignore[no-any-return]
 
 

@@ -434,7 +434,7 @@ class LongHistoryNetwork(nn.Module):
         size = sum(h.output_size for h in self.histories)  # type: ignore[misc]
         num_tasks = len(schema.tasks)
         self.norm = RowBatchNorm(size)
-        # DIFF(code): features that no history has join in, not normalised; the code's data have none.
+        # DIFF(code): features that no history has join in, because a schema has them; they are not normalised.
         self.mlp = JoinedMLP(
             sum(width[name] for name in self._request),
             size + sum(width[name] for name in self._candidate),
